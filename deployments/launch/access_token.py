@@ -10,15 +10,13 @@ import secrets
 import stat
 from pathlib import Path
 
+from deployments.machine.cluster_token import token_path
 from deployments.machine.private_files import ANYONE_ELSE, write_private
 from registry.errors import BadSettings
 
+__all__ = ["make_token", "require_own_token", "token_path"]
+
 _MOUNT_CLOSED = "mount a secret of Kubernetes with `defaultMode: 0400`"
-
-
-def token_path() -> Path:
-    """Return the file in which Ray looks for the token of a cluster."""
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def make_token(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """Changes how Serve runs HAProxy.
 
-With the changes, HAProxy ends with its parent, detects hang-ups, sends Retry-After, and logs no
-token. The resources that idle connections, a single source, and long polls can use are limited.
+With the changes, HAProxy ends with its parent, detects hang-ups, sends Retry-After, logs no token,
+and tells replicas that a request came through it. Its statistics and metrics are on loopback. The
+resources that idle connections, a single source, and long polls can use are limited.
 This is done by editing the configuration that Serve has written; the places to be edited are
 checked against Serve's template.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deployments.launch.patches import HANG_UPS, TEMPLATE, VARIABLES, first_missing_line, text_of_serve
+from deployments.machine.cluster_token import PROXY_HEADER
 from deployments.machine.private_files import private_folder, write_private
 from deployments.patch import first_problem
 from registry.errors import BadSettings
@@ -78,7 +80,7 @@ previous=
 for argument in "$@"; do
     if [ "$previous" = "-f" ]; then
         chmod 600 "$argument" && sed -i -E -f "{changes}" "$argument" || exit 1
-        left=$(grep -E '{forbidden}' "$argument" | grep -vE '{allowed}')
+        left=$(grep -E '{forbidden}' "$argument" | grep -vE '{allowed}'; sed -n -E '{open_binds}' "$argument")
         if [ -n "$left" ]; then
             echo "greenprompt: these lines of Ray's HAProxy configuration must be changed, but were not: $left" >&2
             exit 1
@@ -100,9 +102,13 @@ _DIE_WITH_PARENT = (
 )
 
 # HAProxy's statistics and metrics listen on all interfaces, regardless of Serve's settings (Ray 2.60). Restrict
-# them to loopback.
+# them to loopback: all sections but the one that serves clients.
 # D9: loopback means loopback
-_LOOPBACK = r"s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
+# D126: HAProxy's statistics and metrics are on loopback
+_SERVES_CLIENTS = r"/^frontend http_frontend/,/^[[:space:]]*bind /"
+_LOOPBACK = _SERVES_CLIENTS + r"!s/^([[:space:]]*bind )[*]?:/\1127.0.0.1:/" + "\n"
+# Prints the lines of other sections that still listen elsewhere.
+_OPEN_BINDS = _SERVES_CLIENTS + r"!{/^[[:space:]]*bind 127\.0\.0\.1:/!{/^[[:space:]]*bind /p}}"
 
 # D44: nothing slows prompts down
 # HAProxy sends a line per request to syslog. The line contains the path and so the lease's token. We don't use
@@ -213,6 +219,14 @@ http-request set-header x-request-disconnect-disabled ?1 if { path_beg /wrappers
 """
 
 
+# D125: replicas serve only what the cluster's HAProxy sends
+# `set-header` replaces what a client sent.
+_SIGNED = r"""/^http-request set-header {header} /d
+/^frontend http_frontend/a \
+http-request set-header {header} {secret}
+"""
+
+
 class _OwnAnswer(NamedTuple):
     reason: str
     code: str
@@ -284,7 +298,7 @@ def _filled(text: str, values: Mapping[str, object]) -> str:
     return text
 
 
-def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bool = False) -> dict[str, str]:
+def haproxy_environment(home: Path, secret: str, *, ports: Sequence[int] = ()) -> dict[str, str]:
     """Return the environment that makes Ray run HAProxy with its files in ``home``, which is created if missing.
 
     Only this user can read them or connect to HAProxy's sockets.
@@ -292,8 +306,8 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
     Args:
         home: An absolute path of at most about 20 characters; FOLDER_PREFIX of local_ray says why. Its parent must
             not be writable by others.
+        secret: From ``proxy_secret``; HAProxy sends it with each request to a replica.
         ports: For metrics, statistics and Serve's fallback proxy; empty: Serve's own (9101, 8404, 8500).
-        local_only: Metrics and statistics listen on the loopback interface only.
 
     Raises:
         BadSettings: HAProxy's package is not installed, this version of Ray writes an unknown configuration, or
@@ -316,15 +330,15 @@ def haproxy_environment(home: Path, *, ports: Sequence[int] = (), local_only: bo
         write_private(home / f"{status}.http", _answer_file(status, answer))
     turns = _filled(_TURNS, {"rate": POLLS_PER_S, "burst": POLLS_BURST, "turn": POLL_TURN_S})
     write_private(home / "turns.lua", turns)
-    wanted = _NO_LOG + _NO_SPLICE + _OWN_SOCKET + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _LIMITS
+    wanted = _LOOPBACK + _NO_LOG + _NO_SPLICE + _OWN_SOCKET + _WRAPPERS_HEAR_HANG_UPS + _OWN_ANSWERS + _SIGNED + _LIMITS
     figures = {"keep_alive": KEEP_ALIVE_S, "request": REQUEST_S, "polls": MOST_POLLS}
     figures |= {"per_source": MOST_PER_SOURCE, "crowded": CROWDED, "few": FEW_PER_SOURCE}
-    wanted = _filled(wanted, {"folder": home, **figures})
-    write_private(changes, (_LOOPBACK if local_only else "") + wanted)
+    write_private(changes, _filled(wanted, {"folder": home, "header": PROXY_HEADER, "secret": secret, **figures}))
     parts = {
         "changes": changes,
         "forbidden": _FORBIDDEN,
         "allowed": _ALLOWED,
+        "open_binds": _OPEN_BINDS,
         "python": sys.executable,
         "die_with_parent": _DIE_WITH_PARENT,
         "haproxy": get_haproxy_binary(),

@@ -19,11 +19,11 @@ from random import Random
 import structlog
 
 from deployments.launch.haproxy import haproxy_environment
+from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.private_files import private_folder, write_private
 from deployments.machine.worker_environment import FILE_NAME, hide_secrets
 from registry.errors import BadSettings
 from registry.settings import Settings
-from registry.wire.http import is_loopback
 
 log = structlog.get_logger("deployments.launch.local_ray")
 
@@ -114,8 +114,8 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             "TMPDIR": str(temporary),
         }
         if settings.http.haproxy:
-            local_only = is_loopback(settings.http.host)
-            environment |= haproxy_environment(folder / HAPROXY_FOLDER, ports=free_ports(3), local_only=local_only)
+            secret = proxy_secret(token_file)
+            environment |= haproxy_environment(folder / HAPROXY_FOLDER, secret, ports=free_ports(3))
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update(environment)
         hide_secrets(secrets_file, os.environ)

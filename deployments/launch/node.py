@@ -25,6 +25,7 @@ import registry
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
+from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.machine.private_files import open_private, private_folder, write_private
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
 from deployments.serve.ray_folder import RAY_FOLDER
@@ -118,7 +119,9 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     told = {name: value for name, value in os.environ.items() if name.startswith(_RAYS_STORE)} | forwarded_environment()
     told |= secret_environment(os.environ)
     started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
-    wanted = hashlib.sha256(json.dumps([_code(), started_with, *options]).encode()).hexdigest()
+    # With another token, Ray's new processes could not join the old ones, and replicas would refuse HAProxy's requests.
+    what = [_code(), proxy_secret(token_path()), started_with, *options]
+    wanted = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     running = _ray_processes()
     # D35: a node is started once
     if running and _record(folder) == {"wanted": wanted, "running": running}:
@@ -160,7 +163,7 @@ def node_environment(folder: Path) -> dict[str, str]:
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,
         **_KNOWS_THE_HEAD,
-        **haproxy_environment(folder / HAPROXY_FOLDER),
+        **haproxy_environment(folder / HAPROXY_FOLDER, proxy_secret(token_path())),
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from deployments.patch import Has, How, Patch
-from deployments.serve.patches import REPLICA_PORT
+from deployments.serve.patches import DIRECT_INGRESS, REPLICA_PORT
 
 TEMPLATE: Final = "haproxy_templates.py"
 CONSTANTS: Final = "constants.py"
@@ -55,9 +55,10 @@ HAPROXY: Final = tuple(
         ),
         (
             "`bind` of metrics and statistics",
-            "they listen on the loopback interface only, if the registry does",
+            "they listen on the loopback interface only",
             r"^    bind :.*metrics_port",
             r"^  bind \*:.*stats_port",
+            r"^    bind \{\{ config\.frontend_host",
         ),
         (
             "`stats socket … mode 666`",
@@ -78,7 +79,7 @@ HAPROXY: Final = tuple(
         ),
         (
             "sections `global`, `defaults`, `http_frontend`",
-            "adds limits of connections and of polls, and Retry-After; Serve leaves hang-ups to the wrappers",
+            "adds limits of connections and polls, Retry-After, and a secret for replicas; wrappers watch for hang-ups",
             r'^(HAPROXY_CONFIG_TEMPLATE = """)?global$',
             r"^defaults$",
             r"^frontend http_frontend$",
@@ -145,6 +146,7 @@ RAY: Final = (
     HANG_UPS,
     PROVIDER,
     REPLICA_PORT,
+    DIRECT_INGRESS,
     Patch(
         "Ray",
         "ray._common.constants.HEAD_NODE_RESOURCE_NAME",

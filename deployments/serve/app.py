@@ -33,6 +33,7 @@ from deployments.serve.energy_metrics import EnergyMetrics
 from deployments.serve.http_app import IngressConfig
 from deployments.serve.issuer_keys import require_files
 from deployments.serve.logs import REGISTRY_LOG, configure_logging
+from deployments.serve.proxy_guard import NotThroughProxy
 from deployments.serve.ray_folder import RAY_FOLDER, keep_logs
 from deployments.serve.steady_clock import SteadyClock
 from registry.access_errors import KeyRefused
@@ -370,7 +371,7 @@ def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
     """Wait until the ingress reports the registry's health; if ``usable``, until a wrapper is usable.
 
     Raises:
-        StartFailed: That is not the case after ``start_timeout_s``.
+        StartFailed: That is not the case after ``start_timeout_s``; or HAProxy and the ingress have different tokens.
     """
     host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
     url = f"http://{url_host(host)}:{settings.http.port}/healthz"
@@ -382,6 +383,9 @@ def _wait_until_ready(settings: Settings, *, usable: bool) -> None:
             if answer.is_success or (not usable and "status" in answer.json()):
                 return
             problem = answer.text
+            if NotThroughProxy.code in problem:
+                remedy = "start Ray again on all machines with `greenprompt ray-start`, with the same token"
+                raise StartFailed(f"HAProxy of this machine does not know the cluster's present token; {remedy}")
         except (httpx.HTTPError, ValueError) as error:
             problem = str(error)
         if time.monotonic() >= deadline_s:

@@ -120,6 +120,8 @@ class IngressConfig:
 Call = Callable[..., Awaitable[Any]]
 """``call(method, *args, wait_s=…)`` returns what the registry actor's method returns, mostly JSON text."""
 
+Middleware = Callable[[ASGIApp], ASGIApp]
+
 Responses = dict[int | str, dict[str, Any]]
 
 # Without a description, FastAPI uses the status phrases of `http`. Those of 413 and 422 changed in Python 3.13.
@@ -132,15 +134,17 @@ LIMITED: Responses = {413: {"model": ErrorAnswer, "description": "Content Too La
 UNKNOWN: Responses = {404: {"model": ErrorAnswer}, **ERRORS}
 
 
-def build_app(config: IngressConfig, call: Call, checkpoints: Checkpoints | None = None) -> FastAPI:
+def build_app(
+    config: IngressConfig, call: Call, checkpoints: Checkpoints | None = None, guard: Middleware = lambda app: app
+) -> FastAPI:
     """Return the FastAPI app around ``call`` of the registry.
 
-    ``checkpoints`` estimates the memory of LLMs; None leaves it unknown.
+    ``checkpoints`` estimates the memory of LLMs; None leaves it unknown. ``guard`` puts another app around all of it.
     """
     app = GuardedAPI(
         config.hosts,
         inner=_guards(config, call),
-        outer=lambda app: AuditTrail(app, call, config.trusted_proxies, keys=config.access.keys),
+        outer=lambda app: guard(AuditTrail(app, call, config.trusted_proxies, keys=config.access.keys)),
         title=TITLE,
         description=DESCRIPTION,
         version=version("greenprompt-llm-registry"),

@@ -11,16 +11,24 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from deployments.models.checkpoints import checkpoints_anywhere
 from deployments.serve.actor_calls import ActorCalls
 from deployments.serve.http_app import IngressConfig, build_app
-from deployments.serve.replica_process import prepare_replica
+from deployments.serve.replica_process import has_own_port, prepare_replica, proxy_guard
+from registry.errors import BadSettings
 
 
 class Ingress:
     """The Serve deployment of the app."""
 
     def __init__(self, config: IngressConfig) -> None:
-        """``config`` is fixed for the life of the replica. Prepares this process: see ``prepare_replica``."""
+        """``config`` is fixed for the life of the replica. Prepares this process: see ``prepare_replica``.
+
+        Raises:
+            BadSettings: HAProxy is wanted, but Serve runs without it; and see ``proxy_guard``.
+        """
         prepare_replica()
-        self._app = build_app(config, ActorCalls(config.state_dir).call, checkpoints_anywhere())
+        if config.trusted_proxies is not None and not has_own_port():
+            remedy = "start it with `greenprompt ray-start` on all machines, or set http.haproxy to false"
+            raise BadSettings("http.haproxy", f"Ray was started without HAProxy; {remedy}")
+        self._app = build_app(config, ActorCalls(config.state_dir).call, checkpoints_anywhere(), proxy_guard())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

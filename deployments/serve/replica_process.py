@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
+import structlog
 from ray.serve._private import replica as _replica
+from starlette.types import ASGIApp
 
+from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.machine.worker_environment import load_secrets
 from deployments.serve.logs import configure_replica_logging
-from deployments.serve.patches import REPLICA_PORT
+from deployments.serve.patches import DIRECT_INGRESS, REPLICA_PORT
+from deployments.serve.proxy_guard import ProxyGuard
 from registry.errors import BadSettings
 from registry.settings import url_host
+
+log = structlog.get_logger("deployments.serve.replica_process")
 
 
 def prepare_replica() -> None:
@@ -40,3 +48,29 @@ def _listen_on_node_address() -> None:
         return port
 
     replica.add_port_to_grpc_server = bind_to_node
+
+
+# D125: replicas serve only what the cluster's HAProxy sends
+def has_own_port() -> bool:
+    """Whether Serve opens an HTTP port for this replica, as it does with HAProxy.
+
+    Raises:
+        BadSettings: The installed Ray decides about it in another way.
+    """
+    if (problem := DIRECT_INGRESS.problem()) is not None:
+        raise BadSettings("ray", f"{problem}; use the version in the lock file")
+    return bool(replica.RAY_SERVE_ENABLE_DIRECT_INGRESS)
+
+
+def proxy_guard() -> Callable[[ASGIApp], ASGIApp]:
+    """Return a function that puts a ``ProxyGuard`` around this replica's app. Call it in ``__init__``.
+
+    No setting turns this off: an app is returned unchanged only if it has no HTTP port of its own. The log says so.
+
+    Raises:
+        BadSettings: The cluster's token can't be read; and see ``has_own_port``.
+    """
+    if not has_own_port():
+        log.warning("Serve runs without HAProxy here: requests need not come through a HAProxy of the cluster")
+        return lambda app: app
+    return partial(ProxyGuard, secret=proxy_secret(token_path()))

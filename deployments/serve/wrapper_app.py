@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 
 from deployments.serve.body_limit import MIB, BodyLimit
 from deployments.serve.browsers import BrowserGuard
-from deployments.serve.replica_process import prepare_replica
+from deployments.serve.replica_process import prepare_replica, proxy_guard
 from deployments.wrapper.config import WrapperConfig
 from deployments.wrapper.llm_wrapper import LLMWrapper
 
@@ -20,8 +20,9 @@ class WrapperReplica(LLMWrapper):
     """The wrapper as Serve runs it; its metric tells whether LLMs start warm."""
 
     async def __init__(self, config: WrapperConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        """See ``LLMWrapper``. Prepares this process: see ``prepare_replica``."""
+        """See ``LLMWrapper``. Prepares this process: see ``prepare_replica`` and ``proxy_guard``."""
         prepare_replica()
+        self._guard = proxy_guard()
         self._hosts = config.hosts
         self._body_bytes = config.settings.max_body_mib * MIB
         warm = Gauge(
@@ -32,7 +33,7 @@ class WrapperReplica(LLMWrapper):
     def __serve_build_asgi_app__(self) -> ASGIApp:
         # The prompt gate itself requires JSON, except on the path of the Prompting Service's client.
         limited = BodyLimit(super().__serve_build_asgi_app__(), lambda _path: self._body_bytes)
-        return BrowserGuard(limited, self._hosts)
+        return self._guard(BrowserGuard(limited, self._hosts))
 
 
 def deployment(config: WrapperConfig, *, node_id: str, env: Mapping[str, str]) -> serve.Application:

@@ -21,6 +21,7 @@ import yaml
 
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
+from deployments.machine.cluster_token import proxy_secret
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, start, stop
 
@@ -155,7 +156,7 @@ def test_joining_a_running_cluster(tmp_path: Path) -> None:
         token = Path(short) / "token"
         token.write_text(secrets.token_hex(32), encoding="utf-8")
         environment = {
-            **haproxy_environment(Path(short) / "h", ports=free_ports(3), local_only=True),
+            **haproxy_environment(Path(short) / "h", proxy_secret(token), ports=free_ports(3)),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "GREENPROMPT_STATE_DIR": str(tmp_path / "state"),

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from deployments.launch.local_ray import ACCESS_FILE, HAPROXY_FOLDER, TEMPORARY
+from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.worker_environment import FILE_NAME
 from deployments.serve.ray_folder import RAY_FOLDER
 from tests.cluster.conftest import SECRETS, Registry
@@ -118,9 +119,15 @@ def test_secrets_are_where_they_are_needed_only(
     logs = [path for path in files if path.is_relative_to(folder / RAY_FOLDER) or path.suffix in (".log", ".jsonl")]
     assert len(logs) > 10
     assert [path for path in logs if token in path.read_text(encoding="utf-8", errors="replace")] == []
+    to_replicas = proxy_secret(registry.folder / "state" / ACCESS_FILE)
+    with_it = [path for path in files if to_replicas in path.read_text(encoding="utf-8", errors="replace")]
+    assert {path.name for path in with_it} == {"changes.sed", "haproxy.cfg"}
+    assert all(path.is_relative_to(folder / HAPROXY_FOLDER) and not path.stat().st_mode & OTHERS for path in with_it)
 
     processes = registry.processes()
-    assert not [each for each in psutil.process_iter(["cmdline"]) if known(" ".join(each.info["cmdline"] or ()))]
+    assert not [each for each in processes if to_replicas in environment_of(each)]
+    commands = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if known(command) or to_replicas in command]
     # The operator's shell gave them to `up` and its fork, which starts Ray; engines may have to ask the hub.
     replica = registry.replica()
     (fork,) = psutil.Process(registry.process.pid).children()
@@ -136,3 +143,4 @@ def test_secrets_are_where_they_are_needed_only(
         answer = httpx.get(f"{dashboard}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
         assert answer.status_code == 200, (path, answer.text)
         assert not known(answer.text), path
+        assert to_replicas not in answer.text, path

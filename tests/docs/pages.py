@@ -9,7 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from typer.main import get_command
 
-import deployments.wrapper.prompt_errors  # noqa: F401 - its errors are listed
+import deployments.serve.proxy_guard
+import deployments.wrapper.prompt_errors  # noqa: F401 - their errors are listed
 from deployments.engine.warm.patches import PYTHON, VLLM
 from deployments.launch.haproxy import _ANSWERS
 from deployments.launch.patches import HAPROXY, RAY
@@ -162,7 +163,7 @@ task that checks a running LLM for hangs fails, the LLM is restarted.
 
 Serve writes HAProxy's configuration from a template. `greenprompt up` and each node check that the template has these
 lines; if one is missing, the command fails and says which. HAProxy does not start if its edited configuration would
-still log requests.
+still log requests, or open its statistics or metrics to other machines.
 
 {_patches(HAPROXY)}\
 ## Ray

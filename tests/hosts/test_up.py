@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -73,9 +74,26 @@ def test_the_operators_commands_work(cluster: Cluster) -> None:
 
 
 def test_a_neighbour_needs_a_key(cluster: Cluster) -> None:
-    """Another host of the network gets nothing without a key, whatever it claims to be; with a client's key, an LLM."""
+    """Another host of the network gets nothing without a key, whatever it claims to be; with a client's key, an LLM.
+
+    It gets nothing from the ports of replicas, which serve only the HAProxies of the cluster: that of each machine.
+    """
     cluster.until_ready("w1", "w2")
     neighbour, path = cluster.net.host("db"), f"{cluster.url}/promptingservice/request"
+    (request_id,) = cluster.post(time.time_ns(), "a")
+    lease = cluster.until(request_id, "deployed")["url"]
+    config = cluster.head.run("cat /tmp/gp-*/h/*/haproxy.cfg")
+    places = set(re.findall(r"^ *server \S+ (\S+) check", config, re.MULTILINE))
+    assert {place.rpartition(":")[0] for place in places} >= {"127.0.0.1", cluster.net.host("w1").address}
+    for place in places:
+        direct = f"http://{place.replace('127.0.0.1', cluster.head.address)}"
+        header = "-H 'X-GreenPrompt-Proxy: 0'"
+        urls = f"{direct}/machines {direct}{urlsplit(lease).path}/get_status"
+        assert "not_through_proxy" in neighbour.run(f"curl -s {header} {urls}"), place
+    for name in ("head", "w1", "w2"):
+        through = lease.replace(cluster.head.address, cluster.net.host(name).address)
+        assert prompt(through).status_code == 200, name
+    cluster.release(request_id)
     body = json.dumps({"measurementId": 5, "llms": [llmconfig("a")]})
 
     def post(*headers: str) -> str:
@@ -111,6 +129,7 @@ def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
     head, neighbour = cluster.head, cluster.net.host("db")
     listening = "ss -Hltn | awk '{print $4}' | grep -v '^127\\.\\|^\\[::1\\]' | sed 's/.*://' | sort -un"
     ports = numbers(head.run(listening))
+    assert not {"8404", "9101"} & set(ports), "HAProxy's statistics and metrics"
 
     def reached() -> set[str]:
         tries = [

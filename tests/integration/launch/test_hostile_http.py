@@ -97,7 +97,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             f"frontend http_frontend\n    bind fd@{front.fileno()}\n    default_backend back\n"
             f"backend back\n    server all 127.0.0.1:{port}\n"
         )
-        script = haproxy_environment(folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        script = haproxy_environment(folder, "0" * 64)["RAY_SERVE_HAPROXY_BINARY_PATH"]
         command = [script, "-db", "-f", str(config)]
         haproxy = stack.enter_context(subprocess.Popen(command, pass_fds=[front.fileno()], stderr=subprocess.DEVNULL))
         stack.callback(haproxy.kill)

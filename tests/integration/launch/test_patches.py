@@ -14,15 +14,19 @@ from deployments.launch import haproxy, patches
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.launcher import with_machines
 from deployments.launch.patches import CONSTANTS, HAPROXY, PROVIDER, RAY, TEMPLATE, text_of_serve
-from deployments.serve.patches import REPLICA_PORT
-from deployments.serve.replica_process import _listen_on_node_address
+from deployments.serve.patches import DIRECT_INGRESS, REPLICA_PORT
+from deployments.serve.replica_process import _listen_on_node_address, proxy_guard
 from registry.errors import BadSettings
 from tests.support.renamed import renamed
 
 LINES: dict[str, Sequence[tuple[str, str]]] = {
     "`log … local0 info`": [(TEMPLATE, " local0 info")],
     "`option splice-request`": [(TEMPLATE, "option splice-request")],
-    "`bind` of metrics and statistics": [(TEMPLATE, "metrics_port"), (TEMPLATE, "bind *:")],
+    "`bind` of metrics and statistics": [
+        (TEMPLATE, "metrics_port"),
+        (TEMPLATE, "bind *:"),
+        (TEMPLATE, "bind {{ config.frontend_host"),
+    ],
     "`stats socket … mode 666`": [(TEMPLATE, " mode 666 ")],
     "`errorfile`": [(TEMPLATE, f"errorfile {status} ") for status in (502, 503, 504)],
     "`http-request return status 404`": [(TEMPLATE, "http-request return status 404 ")],
@@ -56,14 +60,14 @@ def noticed() -> list[str]:
 
 def test_every_row_has_a_case() -> None:
     """A row that is added to the tables needs a change that its guard notices."""
-    others = {PROVIDER.name, REPLICA_PORT.name, f"ray._common.constants.{HEAD}"}
+    others = {PROVIDER.name, REPLICA_PORT.name, DIRECT_INGRESS.name, f"ray._common.constants.{HEAD}"}
     assert {*LINES, *others} == {patch.name for patch in (*HAPROXY, *RAY)}
 
 
 def test_the_installed_ray_passes(tmp_path: Path) -> None:
     """Without a change no row is noticed, and the checks of a start pass."""
     assert noticed() == []
-    haproxy_environment(tmp_path)
+    haproxy_environment(tmp_path, "0" * 64)
 
 
 @pytest.mark.parametrize(("row", "file", "word"), [(row, *case) for row, cases in LINES.items() for case in cases])
@@ -79,7 +83,7 @@ def test_a_changed_line_is_named(
         monkeypatch.setattr(module, "text_of_serve", changed.__getitem__)
     assert noticed() == [row]
     with pytest.raises(BadSettings) as refused:
-        haproxy_environment(tmp_path)
+        haproxy_environment(tmp_path, "0" * 64)
     (patch,) = [patch for patch in (*HAPROXY, *RAY) if patch.name == row]
     (guard,) = [guard for guard in patch.guards if guard.problem() is not None]
     assert isinstance(guard, patches.HasLine)
@@ -96,6 +100,18 @@ def test_another_port_of_replicas_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert noticed() == [REPLICA_PORT.name]
     with pytest.raises(BadSettings, match=r"no longer uses add_port_to_grpc_server, \[::\]:0"):
         _listen_on_node_address()
+
+
+def test_another_way_to_a_replica_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Serve that decides about HTTP ports of replicas in another way: no replica starts with its guard off."""
+
+    async def another_way(self: Any) -> None:
+        await self._open_ports()
+
+    monkeypatch.setattr("ray.serve._private.replica.Replica._maybe_start_direct_ingress_servers", another_way)
+    assert noticed() == [DIRECT_INGRESS.name]
+    with pytest.raises(BadSettings, match=r"no longer uses RAY_SERVE_ENABLE_DIRECT_INGRESS"):
+        proxy_guard()
 
 
 @pytest.mark.parametrize("method", OVERRIDDEN)

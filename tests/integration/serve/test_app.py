@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import ray
 import stamina
@@ -207,3 +208,11 @@ def test_a_registry_gets_a_key_for_its_tokens(monkeypatch: pytest.MonkeyPatch) -
             keys.append(build(settings, None))
     assert [len(key) for key in keys] == [32] * 4
     assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+def test_a_haproxy_with_another_secret_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a new token only a new start of Ray helps, so nothing is waited for."""
+    refused = httpx.Response(403, json={"code": "not_through_proxy", "message": "only HAProxy may", "retryable": False})
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: refused)
+    with pytest.raises(StartFailed, match=r"present token.*ray-start"):
+        app._wait_until_ready(Settings(), usable=True)

@@ -22,6 +22,7 @@ from deployments.launch.local_ray import (
     local_ray_environment,
     require_free_port,
 )
+from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings
 from registry.settings import Settings
@@ -139,16 +140,22 @@ def test_haproxy_is_a_choice(tmp_path: Path) -> None:
         assert Path(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).is_relative_to(folder)
 
 
-@pytest.mark.parametrize(("host", "local_only"), [("127.0.0.1", True), ("0.0.0.0", False)])
-def test_loopback_only_where_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, local_only: bool
-) -> None:
-    """HAProxy's other ports are held to the loopback interface when its own host is, and each has its own."""
+def test_haproxy_has_its_own_ports_and_the_clusters_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy's other ports are different ones. Its secret is the one that replicas make from the cluster's token."""
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(local_ray, "haproxy_environment", lambda home, **how: asked.update(how, home=home) or {})
-    with local_ray_environment(settings_of(tmp_path, host=host)) as folder:
-        assert asked["home"].parent == folder
-    assert asked["local_only"] is local_only
+
+    def haproxy_environment(home: Path, secret: str, **how: Any) -> dict[str, str]:
+        asked.update(how, home=home, secret=secret)
+        return {}
+
+    monkeypatch.setattr(local_ray, "haproxy_environment", haproxy_environment)
+    secrets = set()
+    for _ in range(2):
+        with local_ray_environment(settings_of(tmp_path)) as folder:
+            assert asked["home"].parent == folder
+            assert asked["secret"] == proxy_secret(token_path())
+            secrets.add(asked["secret"])
+    assert len(secrets) == 2
     assert len(set(asked["ports"])) == 3
 
 

@@ -109,6 +109,14 @@ def test_what_the_operator_sets_is_a_reason(
     assert not start_ray(OPTIONS)
 
 
+def test_a_new_token_is_a_reason(ran: Callable[[], list[list[str]]]) -> None:
+    """Ray's processes have the old one, and so have the replicas, which would refuse what HAProxy sends."""
+    assert start_ray(OPTIONS)
+    (Path.home() / ".ray" / "auth_token").write_text("y")
+    assert start_ray(OPTIONS)
+    assert not start_ray(OPTIONS)
+
+
 def test_what_the_launcher_sets_is_none(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's processes never get it."""
     assert start_ray(OPTIONS)
