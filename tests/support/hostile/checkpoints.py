@@ -37,6 +37,8 @@ class HostileCheckpoint:
     change: Change
     refused: str | None
     engine_args: str = "{}"
+    code_allowed: bool = True
+    """Whether the operator allows code of this folder."""
 
     def write(self, folder: Path) -> None:
         """Write the folder."""
@@ -264,7 +266,7 @@ CODE = [
     _code("code with a line break", "modeling\n.Own"),
     _code("code in a list", [None, "other/repo--modeling.Own"]),
     _code("code in an object", {"a": {"b": "other/repo--modeling.Own"}}),
-    _row("code that is not allowed", "GHSA-2pc9-4j83-qjmr", config(auto_map={"AutoModel": "modeling.Own"}), "trust_remote_code runs code", engine_args='{"trust_remote_code":true,"x":1}'),
+    _row("code that is not allowed", "GHSA-2pc9-4j83-qjmr", config(auto_map={"AutoModel": "modeling.Own"}), "trust_remote_code runs code", engine_args='{"trust_remote_code":true}', code_allowed=False),
 ]  # fmt: skip
 
 ROWS = [*CONFIGS, *WEIGHT_FILES, *KINDS, *CODE]
