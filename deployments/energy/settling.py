@@ -1,8 +1,7 @@
 """Prepares an LLM and its machine for a lease, within a time limit.
 
 The LLM's caches are emptied. For measurement grade the LLM also answers a warm-up, and the machine
-comes to rest. If a step fails or takes too long, the lease gets a flag, and the LLM is handed over
-nevertheless.
+comes to rest. If a step fails or takes too long, the result is a flag.
 """
 
 from __future__ import annotations

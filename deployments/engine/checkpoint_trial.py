@@ -11,6 +11,7 @@ import resource
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import structlog
@@ -28,17 +29,51 @@ CPU_S: Final = 20
 MEMORY_BYTES: Final = 4 * 2**30
 """Limit of address space, bytes, beyond what the process uses when the trial begins."""
 
+TEMPLATE_CHARS: Final = 256 * 1024
+"""Longest chat template, characters. Real ones have less than 50,000. vLLM parses a template in its event loop."""
+
+
+class Chat(NamedTuple):
+    """A chat, its tools, and further arguments of its rendering."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    more: Mapping[str, Any] = MappingProxyType({})
+
+
 _USER: Final = {"role": "user", "content": "What does a prompt cost?"}
 _SYSTEM: Final = {"role": "system", "content": "Be brief."}
-_ASSISTANT: Final = {"role": "assistant", "content": "Some joules."}
+_ASSISTANT: Final = {"role": "assistant", "content": "Some joules.", "reasoning_content": "They ask for a cost."}
 _TOOL: Final = {"type": "function", "function": {"name": "joules", "parameters": {"type": "object", "properties": {}}}}
+_CALL: Final = {"id": "call12345", "type": "function", "function": {"name": "joules", "arguments": {"of": "a prompt"}}}
+_CALLED: Final[list[dict[str, Any]]] = [
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "name": "joules", "tool_call_id": "call12345", "content": "7"},
+]
+_PARTS: Final = {"role": "user", "content": [{"type": "text", "text": "What does a prompt cost?"}]}
+_LONG: Final = {"role": "user", "content": "What does a prompt cost? " * 400}
 _CHATS: Final = (
-    ([_USER], None),
-    ([_SYSTEM, _USER], None),
-    ([_USER, _ASSISTANT, _USER], None),
-    ([_USER], [_TOOL]),
+    Chat([_USER]),
+    Chat([_SYSTEM, _USER]),
+    Chat([_USER, _ASSISTANT, _USER]),
+    Chat([_USER], [_TOOL]),
+    Chat([_USER, *_CALLED], [_TOOL]),
+    Chat([_SYSTEM, *[_USER, _ASSISTANT] * 16, _USER]),
+    Chat([_LONG]),
+    Chat([_PARTS]),
+    Chat([{"role": "developer", "content": "Be brief."}, _USER]),
+    Chat([_USER, _ASSISTANT], None, {"add_generation_prompt": False}),
+    Chat([_USER], None, {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}),
+    Chat([_USER], None, {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}),
+    Chat([_USER], None, {"documents": [{"title": "Costs", "text": "Seven joules."}]}),
 )
-"""The most common kinds of chat, as (messages, tools); a template may have a branch for each."""
+"""The most common kinds of chat; a template may have a branch for each."""
+
+_TEXTS: Final = tuple(
+    piece * (2000 // len(piece)) for piece in ("a", " ", "0", "\n", "a ", "!?", "\u00e4", "\U0001f600")
+)
+"""Texts for which a regular expression of the tokenizer may take very long."""
+
 _SUFFIXES: Final = (".json", ".jinja", ".model", ".txt", ".py")
 
 log = structlog.get_logger("deployments.engine.checkpoint_trial")
@@ -135,9 +170,14 @@ def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
     _limit(cpu_s, memory_bytes)
     try:
         loaded: Any = get_tokenizer(tokenizer.folder, revision=tokenizer.revision, trust_remote_code=tokenizer.own_code)
-        loaded.encode(_USER["content"])
-        for messages, tools in _CHATS if getattr(loaded, "chat_template", None) else ():
-            _write(loaded, messages, tools)
+        for text in (_USER["content"], *_TEXTS):
+            loaded.encode(text)
+        templates = _templates(loaded)
+        longest = max(map(len, templates), default=0)
+        if longest > TEMPLATE_CHARS:
+            return f"can't be used: the template has {longest:,} characters, and at most {TEMPLATE_CHARS:,} are read"
+        for chat in _CHATS if templates else ():
+            _write(loaded, chat)
     except MemoryError:
         return f"take more than {memory_bytes / 2**30:g} GiB of memory"
     except Exception as error:
@@ -145,13 +185,18 @@ def attempt(tokenizer: Tokenizer, cpu_s: int, memory_bytes: int) -> str | None:
     return None
 
 
-def _write(tokenizer: Any, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> None:
+def _templates(tokenizer: Any) -> list[str]:
+    """Return the chat templates of a tokenizer. It may have one, or several by name."""
+    found = getattr(tokenizer, "chat_template", None) or ()
+    return [text for text in (found.values() if isinstance(found, dict) else (found,)) if isinstance(text, str)]
+
+
+def _write(tokenizer: Any, chat: Chat) -> None:
     """Render one chat and tokenize it. A template may reject one kind of chat and accept others. Raises MemoryError."""
+    arguments = {"tokenize": False, "add_generation_prompt": True, **chat.more}
     try:
-        tokenizer.encode(
-            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-        )
+        tokenizer.encode(tokenizer.apply_chat_template(chat.messages, tools=chat.tools, **arguments))
     except MemoryError:
         raise
     except Exception as error:
-        log.info("a chat template refuses a chat", roles=[each["role"] for each in messages], reason=str(error))
+        log.info("a chat template refuses a chat", roles=[each["role"] for each in chat.messages], reason=str(error))

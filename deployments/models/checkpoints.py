@@ -26,6 +26,7 @@ from deployments.models.small_files import (
     MOST_SHARDS,
     FileTooLarge,
     read_small,
+    require_regular,
     require_small,
 )
 from registry.background import spawn_awaited
@@ -147,10 +148,9 @@ def read_local(model: str, revision: str | None) -> Checkpoint | None:
     try:
         config = json.loads(read_small(folder / CONFIG, CONFIG_BYTES))
         if (folder / SINGLE).exists():
-            return _checkpoint(config, None, [(SINGLE, parse_local_safetensors_file_metadata(folder / SINGLE))])
+            return _checkpoint(config, None, [_local_header(folder, SINGLE)])
         index = _index(folder / INDEX)
-        headers = ((file, parse_local_safetensors_file_metadata(folder / file)) for file in _files(index))
-        return _checkpoint(config, index, headers)
+        return _checkpoint(config, index, (_local_header(folder, file) for file in _files(index)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -190,6 +190,11 @@ def read_hub(model: str, revision: str | None) -> Checkpoint | None:
     return _checkpoint(config, index, _at_once(header, _files(index)))
 
 
+def _local_header(folder: Path, file: str) -> Header:
+    require_regular(folder / file)
+    return file, parse_local_safetensors_file_metadata(folder / file)
+
+
 def _at_once(header: Callable[[str], Header], files: Sequence[str]) -> Iterator[Header]:
     """Yield the headers of all files. At most HEADERS_AT_ONCE are in memory."""
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
@@ -226,6 +231,8 @@ def _checkpoint(config: Any, index: Mapping[str, str] | None, headers: Iterable[
         for name, tensor in header.tensors.items():
             if index is None or index.get(name) == file:
                 first, end = tensor.data_offsets
+                if not (isinstance(first, int) and isinstance(end, int) and 0 <= first <= end < 2**63):
+                    raise ValueError(f"{file} has a tensor with invalid offsets")
                 sizes[part_of(name, config)][tensor.dtype] += end - first
                 found += 1
     if index is not None and found != len(index):

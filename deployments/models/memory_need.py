@@ -51,6 +51,9 @@ _FIELDS: Final = frozenset(
         "sliding_window_pattern", "tie_word_embeddings", "torch_dtype", "use_sliding_window",
     }
 )  # fmt: skip
+_MOST: Final = 2**48
+"""Largest number that is read from a ``config.json``, far above the size of any model."""
+
 _ROPE_FIELDS: Final = frozenset({"rope_type", "type", "original_max_position_embeddings"})
 
 
@@ -75,7 +78,11 @@ class Checkpoint:
 
 # D122: of a configuration only these fields are kept
 def needed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a ``config.json`` that this module reads: the others may be very long."""
+    """Return the fields of a ``config.json`` that this module reads: the others may be very long.
+
+    Raises:
+        TypeError, ValueError: One of them has a type or a size that no engine would load.
+    """
     needed = {name: value for name, value in config.items() if name in _FIELDS}
     if isinstance(text := config.get("text_config"), Mapping):
         needed["text_config"] = needed_fields({**text, "text_config": None})
@@ -85,7 +92,23 @@ def needed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(rope := config.get(name), Mapping):
             needed[name] = {key: value for key, value in rope.items() if key in _ROPE_FIELDS}
+    _require_sound(needed)
     return needed
+
+
+def _require_sound(needed: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if a field has a type or a size that no engine would load."""
+    ropes = [rope for name in ("rope_scaling", "rope_parameters") if isinstance(rope := needed.get(name), Mapping)]
+    kinds = [rope.get(key) for rope in ropes for key in ("rope_type", "type")]
+    layers = needed.get("layer_types")
+    kinds += [needed.get("model_type"), *(layers if isinstance(layers, list) else [layers])]
+    if any(not isinstance(kind, str | None) for kind in kinds):
+        raise TypeError("config.json names a kind of model, layer or rope that is no text")
+    if not isinstance(needed.get("quantization_config") or {}, Mapping):
+        raise TypeError("quantization_config in config.json is no object")
+    numbers = (value for fields in (needed, *ropes) for value in fields.values() if isinstance(value, int))
+    if any(abs(number) > _MOST for number in numbers):
+        raise ValueError(f"config.json has a number above {_MOST}")
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

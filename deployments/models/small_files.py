@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -32,15 +34,35 @@ def require_small(name: str, size_bytes: int, most_bytes: int) -> None:
         )
 
 
+class NotAFile(OSError):
+    """A file of a checkpoint is something else: a folder, a named pipe, a socket or a device."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is no regular file")
+        self.strerror = str(self)
+
+
+# D127: named pipes and devices are never read, because a read of them may not end
+def require_regular(file: Path) -> None:
+    """Raise NotAFile if this is no regular file, or FileNotFoundError or another OSError. Follows links."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise NotAFile(file.name)
+
+
 def read_small(file: Path, most_bytes: int) -> bytes:
     """Return a file's content. Reads at most one byte more than the limit.
 
     Raises:
         FileTooLarge: It is larger than ``most_bytes``.
+        NotAFile: It is no regular file.
         OSError: It can't be read.
     """
-    require_small(file.name, file.stat().st_size, most_bytes)
-    with file.open("rb") as opened:
-        content = opened.read(most_bytes + 1)  # it may have grown, or be no regular file
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:  # noqa: PTH123
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise NotAFile(file.name)
+        require_small(file.name, found.st_size, most_bytes)
+        content = opened.read(most_bytes + 1)  # it may have grown
     require_small(file.name, len(content), most_bytes)
     return content

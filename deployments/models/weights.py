@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deployments.machine.memory import main_memory
 from deployments.models.download import INDICES, weight_files
-from deployments.models.small_files import INDEX_BYTES, FileTooLarge, read_small
+from deployments.models.small_files import INDEX_BYTES, FileTooLarge, read_small, require_regular
 from registry.background import spawn_thread
 
 _CHUNK_BYTES = 128 * 1024
@@ -40,13 +40,16 @@ def weights_of(model: str, load_format: str = "auto") -> Weights | None:
         load_format: vLLM's engine argument.
 
     Returns:
-        The files, sorted by name; None if there are none, ``model`` is no folder, or one can't be read.
+        The files, sorted by name; None if there are none, ``model`` is no folder, or one can't be read or is no
+        regular file.
     """
     folder = Path(model)
     with suppress(OSError):  # e.g. a broken link: the engine reports such problems
         found = sorted(weight_files([file.name for file in folder.iterdir()], load_format))
         files = [folder / name for name in _in_index(folder, found, load_format)]
         stats = [(file, file.stat()) for file in files]
+        for file in files:
+            require_regular(file)  # a read of a named pipe or a device may not end
         return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) if files else None
     return None
 

@@ -21,7 +21,7 @@ from deployments.wrapper.provenance import cpu_here, gpus_here, provenance, vers
 from registry.contract.messages import LeaseGrant
 from registry.core.provenance import PENDING
 from registry.core.records import LLMSpec
-from registry.errors import InvalidField
+from registry.errors import EngineNotReady, InvalidField
 from registry.wire.flags import Flag
 from registry.wire.words import Grade
 
@@ -38,6 +38,7 @@ class LLMHandOver:
         self._cpu = cpu_here()
         self._weights_hash: WeightsHash | None = None
         self._measured_since_s: float | None = None
+        self._forgets: RunningLLM | None = None  # the LLM whose caches were emptied once
 
     async def refusal(self, llm: RunningLLM | None, grant: LeaseGrant) -> str | None:
         """Wait until the LLM is idle; return why it can't serve this request, None if it can, or if that is unknown.
@@ -74,9 +75,20 @@ class LLMHandOver:
             await self._hash_weights(llm, within_s=max(0.0, left_s))
         return await at_rest(meter, energy, begun_s=begun_s, given_up=llm.died.is_set)
 
+    # D128: an engine that keeps the prompts of a lease is ended
     async def forget_prompts(self, llm: RunningLLM) -> tuple[str, ...]:
-        """Empty the LLM's caches; return a flag if they may still hold prompts."""
-        return await forgotten(llm.forget_prompts)
+        """Empty the LLM's caches; return a flag if they may still hold prompts, and could never be emptied.
+
+        Raises:
+            EngineNotReady: they could be emptied before, and can't now. The LLM is being ended.
+        """
+        flags = await forgotten(llm.forget_prompts)
+        if not flags:
+            self._forgets = llm
+        elif self._forgets is llm:
+            self._rest.give_up(llm, "its caches could not be emptied after a lease (perhaps it still has a prompt)")
+            raise EngineNotReady(llm.death_reason or "it died")
+        return flags
 
     async def provenance(
         self, llm: RunningLLM, spec: LLMSpec, revision: str | None, grant: LeaseGrant

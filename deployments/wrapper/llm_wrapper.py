@@ -119,12 +119,14 @@ class LLMWrapper:
         )
 
     def check_health(self) -> None:
-        """Check the energy meter. Called by Serve, which restarts a wrapper whose check fails.
+        """Check the energy meter and the rest after leases. Serve calls this, and replaces a wrapper whose check fails.
 
         Raises:
             RuntimeError: energy is no longer counted, because the meter's thread has died.
+            EngineNotReady: this process goes on working for a lease that has ended.
         """
         self._meter.meter.check()
+        self._rest.require_process()
 
     async def deploy(
         self, epoch: int, spec: LLMSpec, grant: LeaseGrant | None, started_for: StartedFor | None = None

@@ -77,7 +77,8 @@ class LLMs(Protocol[L]):
 
         Raises:
             EngineStartFailed: with the engine's own reason.
-            WrapperUnreachable: the previous LLM could not be removed completely; see ``stop``.
+            WrapperUnreachable: the previous LLM could not be removed completely (see ``stop``), or this process still
+                works for an earlier lease.
         """
         ...
 
@@ -111,7 +112,11 @@ class HandOvers(Protocol[L_contra]):
         ...
 
     async def forget_prompts(self, llm: L_contra) -> tuple[str, ...]:
-        """Empty the LLM's caches; return a flag if they may still hold prompts."""
+        """Empty the LLM's caches; return a flag if they may still hold prompts, and could never be emptied.
+
+        Raises:
+            EngineNotReady: they could be emptied before, and can't now. The LLM is being ended.
+        """
         ...
 
     async def provenance(

@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 from registry.errors import InvalidField
 
-GRAMMARS: Final = ("response_format", "structured_outputs", "tools", "text")
-"""Fields of OpenAI's APIs, and of vLLM's, that contain JSON schemas, regular expressions or grammars."""
+GRAMMARS: Final = ("response_format", "structured_outputs", "tools", "text", "output_config")
+"""Fields of OpenAI's, Anthropic's and vLLM's APIs that contain JSON schemas, regular expressions or grammars."""
+
+JSON_TEXTS: Final = ("json", "structural_tag")
+"""Fields of ``structured_outputs`` that can be a text of JSON, which contains a schema, too."""
 
 MAX_GRAMMAR_BYTES: Final = 64 * 1024
 """Longest of these fields as JSON, bytes."""
 
 MAX_REGEX: Final = 4096
 """Longest regular expression, characters."""
+
+REGEXES: Final = ("regex", "pattern", "whitespace_pattern")
+"""Names of regular expressions in these fields. The names in ``patternProperties`` are regular expressions, too."""
 
 MAX_GRAMMAR_DEPTH: Final = 128
 """Most objects and arrays inside each other in these fields. vLLM reads them with recursion, and fails at some 400."""
@@ -64,7 +71,7 @@ def require_within_limits(body: Any, max_model_len: int) -> None:
 # D110: grammars of prompts have a limit
 def _require_small_grammars(body: dict[str, Any]) -> None:
     for field in GRAMMARS:
-        value = body.get(field)
+        value = _with_json_texts(body.get(field))
         if value is None:
             continue
         if _depth(value) > MAX_GRAMMAR_DEPTH:
@@ -74,6 +81,19 @@ def _require_small_grammars(body: dict[str, Any]) -> None:
         for where, regex in _regexes(value, field):
             if len(regex) > MAX_REGEX:
                 raise InvalidField(where, f"is too long: at most {MAX_REGEX} characters")
+
+
+def _with_json_texts(value: Any) -> Any:
+    """Return the value of a grammar field, with its texts of JSON parsed. Invalid JSON is left for vLLM to refuse."""
+    if not isinstance(value, dict):
+        return value
+    parsed = dict(value)
+    for name in JSON_TEXTS:
+        text = parsed.get(name)
+        if isinstance(text, str) and len(text) <= MAX_GRAMMAR_BYTES:  # a longer one is refused as it is
+            with suppress(ValueError, RecursionError):
+                parsed[name] = json.loads(text)
+    return parsed
 
 
 def _depth(value: Any) -> int:
@@ -89,8 +109,11 @@ def _regexes(value: Any, where: str) -> Iterator[tuple[str, str]]:
     """Yield the regular expressions in a value of at most MAX_GRAMMAR_DEPTH levels, with their fields."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            if name in ("regex", "pattern") and isinstance(inner, str):
+            if name in REGEXES and isinstance(inner, str):
                 yield f"{where}.{name}", inner
+            elif name == "patternProperties" and isinstance(inner, dict):
+                yield from ((f"{where}.{name}", regex) for regex in inner)
+                yield from _regexes(inner, f"{where}.{name}")
             else:
                 yield from _regexes(inner, f"{where}.{name}")
     elif isinstance(value, list):

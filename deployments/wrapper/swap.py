@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.memory import gpu_memory_bytes, main_memory
 from deployments.models.cache import LocalModel, ModelCache
 from deployments.models.checkpoints import checkpoints_here
+from deployments.models.folder import folder_problem
 from deployments.models.remote_code import code_problem, foreign_code, foreign_model
 from deployments.models.small_files import FileTooLarge
 from deployments.models.weights import Weights, read_ahead, weights_of
@@ -72,6 +74,8 @@ class LLMSwap:
         self._on_phase, self._download = on_phase, None
         with suppress(EngineNotReady):  # the LLM counts as dead then; ``vacate`` kills it
             await self._rest.reached(self._host.running)
+        if self._rest.process_problem is not None:
+            raise WrapperUnreachable(self._config.wrapper_id, self._rest.process_problem)
         # The energy of making room is charged like that of the start. The weights are read ahead only from now on:
         # earlier, reading would have disturbed the lease of another client.
         with (
@@ -160,6 +164,7 @@ class LLMSwap:
             )
         except BaseException:
             self._release_models()
+            self._rest.begin(None)  # vLLM may still read the model, in a thread of this process
             raise
 
     async def _fetch(self, spec: LLMSpec, revision: str | None) -> tuple[LocalModel, dict[str, Any]]:
@@ -191,7 +196,10 @@ class LLMSwap:
             tokenizer = await self._models.fetch(located, revision=tokenizer_revision, weights=False)
             self._in_use.append(tokenizer)
             engine_args["tokenizer"] = tokenizer.path
-        await self._require_nothing_foreign(spec, model, runs_code=bool(engine_args.get("trust_remote_code")))
+        own_folder = Path(located).is_absolute()
+        await self._require_harmless(
+            spec, model, own_folder=own_folder, runs_code=bool(engine_args.get("trust_remote_code"))
+        )
         return model, engine_args
 
     def _require_allowed_code(self, spec: LLMSpec, located: str, tokenizer_revision: str | None) -> None:
@@ -204,10 +212,19 @@ class LLMSwap:
         if problem is not None:
             raise EngineStartFailed(spec.model, f"trust_remote_code {problem}", permanent=True)
 
-    async def _require_nothing_foreign(self, spec: LLMSpec, model: LocalModel, *, runs_code: bool) -> None:
-        """Raise EngineStartFailed if the engine would load another model, or code of another repository or commit."""
+    async def _require_harmless(self, spec: LLMSpec, model: LocalModel, *, own_folder: bool, runs_code: bool) -> None:
+        """Check the files of a model before the engine reads them. ``own_folder``: it is not in the hub's cache.
+
+        Raises:
+            EngineStartFailed: A file is unusual, or the engine would load another model, or code of another repository
+                or commit.
+        """
         try:
-            problem = await asyncio.to_thread(foreign_model, model.path)
+            # The files of the hub's cache are links to the files of this cache.
+            roots = self._config.sources.roots if own_folder else None
+            problem = await asyncio.to_thread(folder_problem, model.path, roots)
+            if problem is None:
+                problem = await asyncio.to_thread(foreign_model, model.path)
             if problem is None and runs_code:
                 problem = await asyncio.to_thread(foreign_code, model.path)
                 if problem is None and model.revision not in (None, spec.revision):
@@ -216,7 +233,7 @@ class LLMSwap:
         except FileTooLarge as error:
             problem = str(error)
         except OSError as error:
-            raise EngineStartFailed(spec.model, f"its configuration can't be read ({error.strerror})") from error
+            raise EngineStartFailed(spec.model, f"its files can't be read ({error.strerror})") from error
         if problem is not None:
             raise EngineStartFailed(spec.model, problem, permanent=True)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from deployments.engine import checkpoint_trial
-from deployments.engine.checkpoint_trial import CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
+from deployments.engine.checkpoint_trial import TEMPLATE_CHARS, CheckpointTrial, Tokenizer, TrialFailed, tokenizer_of
 
 
 class Runs:
@@ -59,34 +59,58 @@ def test_what_has_passed_is_not_tried_again_until_it_changes(tmp_path: Path) -> 
     assert runs.count == 3
 
 
-def test_each_kind_of_chat_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One turn, a system's word, several turns, tools: also where the template refuses those before."""
-    seen: list[tuple[list[str], bool]] = []
+class Loaded:
+    """A tokenizer whose template fails for every chat; ``seen`` has the roles, and the arguments' names."""
 
-    class Loaded:
-        chat_template = "{{ messages }}"
+    def __init__(self, error: Exception, chat_template: object = "{{ messages }}") -> None:
+        self.chat_template = chat_template
+        self.seen: list[tuple[list[str], set[str]]] = []
+        self.texts: list[str] = []
+        self._error = error
 
-        def apply_chat_template(self, messages: list[dict[str, str]], *, tools: object, **_: object) -> str:
-            seen.append(([each["role"] for each in messages], tools is not None))
-            raise error
+    def apply_chat_template(self, messages: list[dict[str, str]], *, tools: object, **more: object) -> str:
+        given = {name for name, value in {"tools": tools, **more}.items() if value}
+        self.seen.append(([each["role"] for each in messages], given))
+        raise self._error
 
-        def encode(self, _text: str) -> None:
-            pass
+    def encode(self, text: str) -> None:
+        self.texts.append(text)
 
-    tokenizers = SimpleNamespace(get_tokenizer=lambda *_, **__: Loaded())
+
+def tried(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> str | None:
+    """What the trial of a tokenizer says."""
+    tokenizers = SimpleNamespace(get_tokenizer=lambda *_, **__: loaded)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(tokenizers=tokenizers))
     monkeypatch.setitem(sys.modules, "vllm.tokenizers", tokenizers)
     monkeypatch.setattr(checkpoint_trial, "_limit", lambda *_: None)
-    error: Exception = ValueError("no system role")
-    assert checkpoint_trial.attempt(Tokenizer("org/llm"), 1, 2**30) is None
-    assert seen == [
-        (["user"], False),
-        (["system", "user"], False),
-        (["user", "assistant", "user"], False),
-        (["user"], True),
-    ]
-    error = MemoryError()
-    assert checkpoint_trial.attempt(Tokenizer("org/llm"), 1, 2**30) == "take more than 1 GiB of memory"
+    return checkpoint_trial.attempt(Tokenizer("org/llm"), 1, 2**30)
+
+
+def test_each_kind_of_chat_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long ones, a system's word, tools and their answers: also where the template refuses those before."""
+    loaded = Loaded(ValueError("no system role"))
+    assert tried(monkeypatch, loaded) is None
+    roles = [roles for roles, _ in loaded.seen]
+    assert roles[:3] == [["user"], ["system", "user"], ["user", "assistant", "user"]]
+    assert ["user", "assistant", "tool"] in roles
+    assert max(map(len, roles)) > 30
+    given = [given for _, given in loaded.seen]
+    assert sum("tools" in each for each in given) == 2
+    assert sum("add_generation_prompt" not in each for each in given) == 1
+    assert {"enable_thinking", "documents", "reasoning_effort"} <= set().union(*given)
+    assert max(map(len, loaded.texts)) == 2000
+    assert tried(monkeypatch, Loaded(MemoryError())) == "take more than 1 GiB of memory"
+
+
+@pytest.mark.parametrize(
+    "template", ["x" * (TEMPLATE_CHARS + 1), {"default": "x", "tool_use": "x" * (TEMPLATE_CHARS + 1)}]
+)
+def test_a_very_long_template_is_not_rendered(monkeypatch: pytest.MonkeyPatch, template: object) -> None:
+    """The wrapper's event loop would parse it; the longest one counts."""
+    loaded = Loaded(ValueError(), template)
+    problem = "can't be used: the template has 262,145 characters, and at most 262,144 are read"
+    assert tried(monkeypatch, loaded) == problem
+    assert loaded.seen == []
 
 
 @pytest.mark.parametrize(

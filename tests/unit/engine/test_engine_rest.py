@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import structlog
 
-from deployments.engine.rest import LOOKS, REST_LIMIT_S, EngineRest, works
+from deployments.engine.rest import LOOKS, REST_LIMIT_S, EngineRest, works, works_here
 from registry.errors import EngineNotReady
 
 
@@ -23,13 +24,15 @@ class Scene:
     def __init__(self, *looks: bool) -> None:
         self.looks = list(looks)
         self.looked = 0
+        self.busy_here = False
         self.now_s = 0.0
         self.prompts = asyncio.Event()
         self.prompts.set()
         self.llm: Any = self.another()
         self.rest = EngineRest(
-            self.prompts.wait, self.give_up, clock=lambda: self.now_s, pause=self.pause, is_working=self.is_working
-        )
+            self.prompts.wait, self.give_up, clock=lambda: self.now_s, pause=self.pause, is_working=self.is_working,
+            is_working_here=lambda: self.busy_here,
+        )  # fmt: skip
 
     def another(self) -> Any:
         return SimpleNamespace(served_model_name="tiny", processes=(), died=asyncio.Event(), death_reason=None)
@@ -137,6 +140,78 @@ async def test_an_llm_that_has_died_is_not_handed_over() -> None:
         await scene.rest.reached(scene.llm)
     await scene.rest.reached(None)
     scene.rest.begin(None)
+
+
+async def test_a_process_that_goes_on_working_is_replaced() -> None:
+    """A template or tokenizer works in the wrapper's process. No LLM runs in that process any more, whichever it is."""
+    scene = Scene(False)
+    await scene.first_lease()
+    scene.busy_here = True
+    scene.rest.begin(scene.llm)
+    await scene.llm.died.wait()
+    assert scene.now_s == pytest.approx(REST_LIMIT_S, abs=0.1)
+    for llm in (scene.llm, scene.another(), None):
+        with pytest.raises(EngineNotReady, match="the wrapper's process still worked 5 s after the end of a lease"):
+            await scene.rest.reached(llm)
+    scene.busy_here = False  # other leases may have had its figures meanwhile
+    with pytest.raises(EngineNotReady, match="so it is replaced"):
+        scene.rest.require_process()
+
+
+async def test_a_process_whose_llm_has_died_is_checked_after_the_lease() -> None:
+    """Its threads go on without the engine, and would disturb the next LLM."""
+    scene = Scene(False)
+    await scene.first_lease()
+    scene.busy_here = True
+    scene.rest.begin(None)
+    with pytest.raises(EngineNotReady, match="so it is replaced"):
+        await scene.rest.reached(scene.another())
+
+
+async def test_a_process_that_prepares_an_llm_is_left_alone() -> None:
+    """Before the first lease of an LLM, and where it was never seen idle; both are waited for, and logged."""
+    scene = Scene(False)
+    scene.busy_here = True
+    with structlog.testing.capture_logs() as logs:
+        await scene.rest.reached(scene.llm)
+        scene.rest.begin(scene.llm)
+        await scene.rest.reached(scene.llm)
+        scene.busy_here = False
+        scene.rest.begin(scene.llm)
+        await scene.rest.reached(scene.llm)
+        scene.busy_here = True
+        await scene.rest.reached(scene.another())
+    assert [(entry["event"], entry["in_this_process"]) for entry in logs] == [
+        ("an engine did not come to rest", True)
+    ] * 3
+    scene.rest.require_process()
+
+
+def test_threads_of_this_process_are_seen() -> None:
+    """All but the first one and the one that looks; those that wait are idle."""
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: over.wait() or None)
+    thread.start()
+    try:
+        while works_here():  # others of this process come to rest
+            over.wait(0.01)
+    finally:
+        over.set()
+        thread.join()
+    over.clear()
+
+    def compute() -> None:
+        while not over.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        while not works_here():
+            pass
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from deployments.wrapper.prompt_limits import (
     CHARS_PER_TOKEN,
     COUNTS,
     GRAMMARS,
+    JSON_TEXTS,
     LEAST_CHARS,
     LISTS,
     MAX_GRAMMAR_BYTES,
@@ -80,6 +82,26 @@ def test_a_deep_schema_is_refused(field: str) -> None:
         ({"structured_outputs": {"regex": "x" * (MAX_REGEX + 1)}}, "structured_outputs.regex"),
         ({"tools": [{"function": {"pattern": "x" * (MAX_REGEX + 1)}}]}, "tools[0].function.pattern"),
         ({"text": {"format": {"schema": {"pattern": "x" * (MAX_REGEX + 1)}}}}, "text.format.schema.pattern"),
+        (
+            {"output_config": {"format": {"schema": {"pattern": "x" * (MAX_REGEX + 1)}}}},
+            "output_config.format.schema.pattern",
+        ),
+        (
+            {"structured_outputs": {"json": {"patternProperties": {"x" * (MAX_REGEX + 1): {}}}}},
+            "structured_outputs.json.patternProperties",
+        ),
+        (
+            {"structured_outputs": {"json": json.dumps({"pattern": "x" * (MAX_REGEX + 1)})}},
+            "structured_outputs.json.pattern",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": json.dumps([{"pattern": "x" * (MAX_REGEX + 1)}])}},
+            "structured_outputs.structural_tag[0].pattern",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": "x" * (MAX_REGEX + 1)}},
+            "structured_outputs.whitespace_pattern",
+        ),
     ],
 )
 def test_a_long_regular_expression_is_refused(body: Any, where: str) -> None:
@@ -87,6 +109,20 @@ def test_a_long_regular_expression_is_refused(body: Any, where: str) -> None:
     with pytest.raises(InvalidField) as raised:
         within_limits(body)
     assert str(raised.value) == f"{where}: is too long: at most {MAX_REGEX} characters"
+
+
+@pytest.mark.parametrize("field", JSON_TEXTS)
+@pytest.mark.parametrize("text", ["{", "[" * 60_000, '"' + "x" * 5000 + '"', "7"])
+def test_texts_that_are_no_schema_are_left_to_vllm(field: str, text: str) -> None:
+    """They are no grammar of ours to judge: vLLM refuses them by name."""
+    within_limits({"structured_outputs": {field: text}})
+
+
+@pytest.mark.parametrize("field", JSON_TEXTS)
+def test_a_deep_schema_in_a_text_is_refused(field: str) -> None:
+    """Written as a text, a schema is as deep as it is."""
+    with pytest.raises(InvalidField, match=r"^structured_outputs: is nested too deeply"):
+        within_limits({"structured_outputs": {field: json.dumps(nested(MAX_GRAMMAR_DEPTH + 1))}})
 
 
 def test_a_property_may_have_the_name_of_a_regex() -> None:

@@ -50,6 +50,7 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
         sources = ModelSources(True, local_roots, tmp_path)
         config = WrapperConfig("a-0", 0, settings, EnergySettings(), sources, tmp_path, finish_prompts=finish)
         wrapper = await started_wrapper(config, show_warm)
+        monkeypatch.setattr(wrapper._rest, "_is_working_here", lambda: False)  # threads of other tests may work
         await wrapper.deploy(1, SPEC, None)
         lease = LeaseGrant("request-1", 1, "token-1", LLMCONFIG, ends_in_s=ends_in_s, idle_limit_s=60.0)
         client = Client(wrapper)

@@ -111,6 +111,27 @@ async def test_an_engine_that_a_lease_leaves_at_work_does_not_sleep(
     assert (report.running, report.died) == (OTHER_SPEC.fingerprint, None)
 
 
+async def test_a_process_that_a_lease_leaves_at_work_serves_no_lease(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No LLM is started in it, Serve's check fails so that it is replaced, and the registry hears why."""
+    monkeypatch.setattr(engine_rest, "REST_LIMIT_S", 0.01)
+    client = await make(finish=False)
+    rest = client.wrapper._rest
+    monkeypatch.setattr(rest, "_is_working_here", lambda: True)
+    monkeypatch.setattr(rest, "_tells_here", True)
+    monkeypatch.setattr(client.wrapper._meter.meter, "check", lambda: None)
+    client.wrapper.check_health()
+    await client.wrapper.unbind(3, "request-1", "released")
+    busy = r"the wrapper's process still worked 0\.01 s after the end of a lease"
+    with pytest.raises(EngineNotReady, match=busy):
+        await client.bind(4, SECOND)
+    with pytest.raises(WrapperUnreachable, match=busy):
+        await client.wrapper.deploy(5, OTHER_SPEC, None)
+    with pytest.raises(EngineNotReady, match=busy):
+        client.wrapper.check_health()
+
+
 async def test_death_of_an_llm_that_is_being_replaced(make: Make) -> None:
     """An LLM that dies while it finishes its prompts for the next one is none of the next one's business."""
     client = await make(finish=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import pytest
 
 from deployments.wrapper import probe
 from registry.contract.messages import LeaseGrant
+from registry.errors import EngineNotReady
+from tests.support.fake_cluster import UNTOLD
 from tests.support.llm_wrapper import FIRST, OTHER_SPEC, SECOND, Make, RunningFake
 
 # --- the caches at a hand-over -------------------------------------------------------------------------------
@@ -28,12 +31,28 @@ async def test_every_lease_begins_with_empty_caches(make: Make) -> None:
 
 
 @pytest.mark.parametrize("forgets", [False, RuntimeError("the engine core is dead")])
-async def test_caches_that_stay_full_are_told(make: Make, forgets: bool | Exception) -> None:
-    """Where the engine is not at rest in time, or fails, the lease is handed over with a flag."""
+async def test_an_engine_that_keeps_the_prompts_of_a_lease_is_ended(make: Make, forgets: bool | Exception) -> None:
+    """The next lease is not handed over, with the reason, until the LLM runs again."""
     client = await make(finish=False)
     client.engine.forgets = forgets
-    over = await client.wrapper.bind(3, SECOND)
-    assert over.flags == ("prefix_cache_kept",)
+    with pytest.raises(EngineNotReady, match="its caches could not be emptied after a lease"):
+        await client.wrapper.bind(3, SECOND)
+    assert client.wrapper._gate.grant is None
+    assert client.wrapper._commands._death_watch is not None
+    await asyncio.wait({client.wrapper._commands._death_watch})
+    assert "could not be emptied" in str((await client.wrapper.report(UNTOLD)).died)
+    await client.wrapper.deploy(4, OTHER_SPEC, None)
+    assert (await client.wrapper.bind(5, SECOND)).flags == ()
+
+
+async def test_caches_that_can_never_be_emptied_are_told(make: Make) -> None:
+    """To end such an LLM at each hand-over would help no lease: it is handed over with a flag."""
+    client = await make(finish=False)
+    await client.wrapper.deploy(3, OTHER_SPEC, None)
+    client.engine.forgets = False
+    for epoch, grant in ((4, FIRST), (5, SECOND)):
+        over = await client.wrapper.bind(epoch, grant)
+        assert over.flags == ("prefix_cache_kept",)
 
 
 # --- the first prompt ---------------------------------------------------------------------------------------
