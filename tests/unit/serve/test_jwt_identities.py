@@ -226,6 +226,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "sub with a line break": (_with_claims(sub="ann\nroot"), "claim sub"),
     "sub not ASCII": (_with_claims(sub="änn"), "claim sub"),
     "long sub": (_with_claims(sub="x" * 256), "claim sub"),
+    "bound to a key": (_with_claims(cnf={"jkt": "abc"}), "claim cnf"),
     "no role": (_with_claims(groups=None), _NO_ROLE),
     "unknown role": (_with_claims(groups=["staff"]), _NO_ROLE),
     "role as an object": (_with_claims(groups={"llm-users": True}), _NO_ROLE),
@@ -238,7 +239,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "tenant as a list": (_with_claims(tenant=["lab"]), _TENANT),
     "long tenant": (_with_claims(tenant="x" * 65), _TENANT),
 }
-SIGNED_FOR_US = {"expired", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
+SIGNED_FOR_US = {"expired", "bound to a key", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
