@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, get_args
@@ -18,13 +19,14 @@ from jwt.algorithms import ECAlgorithm
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.serve import jwt_identities
+from deployments.serve import issuer_keys, jwt_identities
 from deployments.serve.identities import KeyGuard, TrustedClients, key_of, named, refused_key_id
-from deployments.serve.issuer_keys import IssuerKey, IssuerKeys, parse_keys
-from deployments.serve.jwt_identities import MAX_JWT, JWTIdentities
+from deployments.serve.issuer_keys import AGAIN_S, IssuerKey, IssuerKeys, parse_keys
+from deployments.serve.jwt_identities import MAX_HEADER, MAX_JWT, JWTIdentities
 from registry.access_errors import JWTRefused
 from registry.oidc_settings import SigningAlgorithm
 from registry.store.rows import APIKey
+from tests.support.fake_counters import ManualClock
 from tests.support.oidc import (
     ISSUER,
     PrivateKey,
@@ -41,12 +43,12 @@ from tests.support.oidc import (
 )
 
 
-def identities(keys: bytes, **changes: Any) -> JWTIdentities:
-    """A check of JWTs by these keys (JWKS)."""
+def identities(keys: bytes | Callable[[], bytes], **changes: Any) -> JWTIdentities:
+    """A check of JWTs by these keys (JWKS), or by those that a function returns at each read."""
     found = settings(**changes)
 
     async def read() -> Sequence[IssuerKey]:
-        return parse_keys(keys, found.algorithms)
+        return parse_keys(keys if isinstance(keys, bytes) else keys(), found.algorithms)
 
     return JWTIdentities(found, IssuerKeys(found.issuer, read))
 
@@ -60,7 +62,7 @@ def usual() -> JWTIdentities:
 class Guarded:
     """A guard of keys with JWTs, around an app that says who called. The registry is never asked."""
 
-    def __init__(self, keys: bytes, *, wrong_a_minute: int | None = None, **changes: Any) -> None:
+    def __init__(self, keys: bytes | Callable[[], bytes], *, wrong_a_minute: int | None = None, **changes: Any) -> None:
         self.scopes: list[Scope] = []
 
         async def call(*_args: Any) -> None:
@@ -148,6 +150,12 @@ def _with_claims(**changes: Any) -> Callable[[], str]:
     return lambda: signed(claims(**changes))
 
 
+def signed_text(claims_text: bytes, **headers: Any) -> str:
+    """A JWT of the issuer with these claims, whatever they are."""
+    text = f"{part({'alg': 'ES256', 'kid': 'e1', **headers})}.{part(claims_text)}"
+    return f"{text}.{part(ECAlgorithm(SHA256).sign(text.encode(), ec_key()))}"
+
+
 _NO_ROLE = "its claim groups gives no role"
 _TENANT = "its claim tenant (access.oidc.tenant_claim) is no name of a tenant"
 ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
@@ -186,9 +194,11 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "empty parts": (lambda: "..", "no valid JWT"),
     "not ASCII": (lambda: "ä.ö.ü", "no valid JWT"),
     "header no object": (lambda: unsigned([1]), "no valid JWT"),
-    "claims no object": (lambda: f"{part({'alg': 'RS256'})}.{part('x')}.AAAA", "no valid JWT"),
-    "deep JSON": (lambda: unsigned(b"[" * 5000), "no valid JWT"),
-    "a long number": (lambda: unsigned(b"[" + b"9" * 5000 + b"]"), "no valid JWT"),
+    "claims no object": (lambda: signed_text(b'"x"'), "no valid JWT"),
+    "long header": (lambda: unsigned({"alg": "RS256", "x": "x" * MAX_HEADER}), "header is longer than 1 KiB"),
+    "deep JSON": (lambda: signed_text(b"[" * 4000), "no valid JWT"),
+    "a long number": (lambda: signed_text(b'{"iss":' + b"9" * 5000 + b"}"), "no valid JWT"),
+    "a claim twice": (lambda: signed_text(b'{"iss":"x",' + json.dumps(claims())[1:].encode()), "no valid JWT"),
     "a name twice": (lambda: unsigned(b'{"alg":"none","alg":"RS256"}'), "no valid JWT"),
     "base64 with characters in between": (lambda: "!" + signed(), "no valid JWT"),
     # the claims
@@ -206,6 +216,8 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "exp too late": (_with_claims(exp=10**400), "exp is no time"),
     "exp before 1970": (_with_claims(exp=-(10**400)), "exp is no time"),
     "exp without end": (_with_claims(exp=1e400), "no valid JWT"),
+    "iat without end": (_with_claims(iat=1e400), "iat is no time"),
+    "nbf without end": (_with_claims(nbf=1e400), "no valid JWT"),
     "nbf in the future": (lambda: signed(at(nbf=600)), "not valid yet"),
     "iat in the future": (lambda: signed(at(iat=600)), "not valid yet"),
     "no iat": (_with_claims(iat=None), "no claim iat"),
@@ -214,6 +226,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "sub with a line break": (_with_claims(sub="ann\nroot"), "claim sub"),
     "sub not ASCII": (_with_claims(sub="änn"), "claim sub"),
     "long sub": (_with_claims(sub="x" * 256), "claim sub"),
+    "bound to a key": (_with_claims(cnf={"jkt": "abc"}), "claim cnf"),
     "no role": (_with_claims(groups=None), _NO_ROLE),
     "unknown role": (_with_claims(groups=["staff"]), _NO_ROLE),
     "role as an object": (_with_claims(groups={"llm-users": True}), _NO_ROLE),
@@ -226,7 +239,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "tenant as a list": (_with_claims(tenant=["lab"]), _TENANT),
     "long tenant": (_with_claims(tenant="x" * 65), _TENANT),
 }
-SIGNED_FOR_US = {"expired", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
+SIGNED_FOR_US = {"expired", "bound to a key", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -255,17 +268,27 @@ NAMES = st.sampled_from(
 @given(given_claims=st.dictionaries(NAMES, JSON, max_size=3), headers=st.dictionaries(NAMES, JSON, max_size=2))
 def test_no_jwt_is_an_unexpected_error(given_claims: dict[str, Any], headers: dict[str, Any]) -> None:
     """Whatever the issuer signs, and whatever a header says: the result is an identity, or a refusal."""
-    text = f"{part({'alg': 'ES256', 'kid': 'e1', **headers})}.{part({**claims(), **given_claims})}"
-    signature = ECAlgorithm(SHA256).sign(text.encode(), ec_key())
+    text = signed_text(json.dumps({**claims(), **given_claims}).encode(), **headers)
 
     async def check() -> APIKey | None:
         try:
-            return await usual().identity(f"{text}.{part(signature)}")
+            return await usual().identity(text)
         except JWTRefused:
             return None
 
     key = asyncio.run(check())
     assert key is None or (key.key_id.startswith(f"{ISSUER}#") and key.tenant is not None)
+
+
+async def test_claims_are_read_after_the_signature_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stranger puts there costs no work: of a forged JWT only the header is parsed."""
+    parsed: list[str] = []
+    check = jwt_identities._object
+    monkeypatch.setattr(jwt_identities, "_object", lambda text: parsed.append(text) or check(text))
+    forged = signed(claims(more=[{}] * 1_500), key=rsa_key("stranger"))
+    with pytest.raises(JWTRefused, match="signature is wrong"):
+        await usual().identity(forged)
+    assert parsed == [forged.partition(".")[0]]
 
 
 async def test_two_headers_are_refused(guarded: Guarded) -> None:
@@ -329,9 +352,34 @@ async def test_wrong_jwts_count_as_wrong_keys() -> None:
     assert (await limited.get(signed())).status_code == 200
 
 
-async def test_an_answer_names_the_kind_of_identity(guarded: Guarded) -> None:
-    """Limits of calls are named after the API key, or after issuer and subject."""
-    await guarded.get(signed())
-    key = key_of(guarded.scopes[-1])
-    assert key is not None
-    assert named(key) == f"the JWT of {ISSUER}#ann"
+async def test_a_new_key_is_no_guess_while_the_issuer_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JWT whose key can't be looked up gets 503, however often it comes, and counts as no wrong key."""
+    keys, clock = [jwks()], ManualClock()
+    monkeypatch.setattr(issuer_keys, "monotonic", clock)
+    limited = Guarded(lambda: keys[-1], wrong_a_minute=1)
+    assert (await limited.get(signed())).status_code == 200
+    keys.clear()
+    clock.now_s += AGAIN_S
+    rotated = signed(key=rsa_key("new"), kid="r2")
+    for _ in range(3):
+        answer = await limited.get(rotated)
+        assert (answer.status_code, answer.json()["code"]) == (503, "jwt_not_checked")
+        assert (answer.json()["retryable"], answer.headers["retry-after"]) == (True, "15")
+    assert (await limited.get(signed(key=rsa_key("stranger")))).status_code == 401
+    keys.append(jwks(jwk(rsa_key("new"), "r2")))
+    clock.now_s += AGAIN_S
+    assert (await limited.get(rotated)).status_code == 200
+
+
+async def test_limits_are_for_groups_of_jwts(guarded: Guarded) -> None:
+    """Users may be able to choose `sub`, so the JWTs of a tenant, or of another role, have one limit together."""
+
+    async def name(**changes: Any) -> str:
+        await guarded.get(signed(claims(**changes)))
+        key = key_of(guarded.scopes[-1])
+        assert key is not None
+        return named(key)
+
+    assert {await name(sub=f"repo:a:ref:{number}") for number in range(3)} == {"the group of all JWTs of tenant 'lab'"}
+    assert await name(tenant="rivals") == "the group of all JWTs of tenant 'rivals'"
+    assert await name(groups=["guests"]) == "the group of all JWTs of the role viewer"
