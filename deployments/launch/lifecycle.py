@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from deployments.engine.environment import remove_shared_memory
+from deployments.engine.environment import remove_orphans, remove_shared_memory
 from deployments.launch import surroundings
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
@@ -128,8 +128,14 @@ def _run(
             if life is not None:
                 life.stopping()
             app.stop(settings)
+<<<<<<< HEAD
     except StopWanted:  # nothing was started yet
         pass
+=======
+            remove_orphans()  # those of a second user's engines are not in the cluster's folder
+    except _StopWanted:  # nothing was started yet
+        _ignore_signals()
+>>>>>>> f7d82f9 (engine: engines can run as a second user (wrappers.run_as))
     say("Everything is down.")
 
 
