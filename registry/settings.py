@@ -96,6 +96,11 @@ class WrapperSettings(Section):
     sleep_host_gib: float | None = Field(
         None, ge=0, description="GiB of main memory for sleeping LLMs, on each machine with GPUs; 0 or null: none"
     )
+    run_as: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.-]*$", max_length=32)] | None = Field(
+        None,
+        description="Name of a user of each LLM Machine. Engines run as this user, who can't read the files of Ray's "
+        "user, and have no network; Ray must run as root. null: engines run as Ray's user",
+    )
     stop_timeout_s: float = Field(
         30,
         gt=0,

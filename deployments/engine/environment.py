@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,17 @@ from deployments.engine.phases import Phase
 from deployments.engine.root_cause import ERROR_FORMAT, root_cause
 from deployments.engine.warm.forkserver import forkserver_variables
 from deployments.engine.warm.patches import PHASE_FILE
-from deployments.machine.private_files import is_private
+from deployments.machine.private_files import MAY_BE_PASSED, is_private, open_private
+from deployments.machine.second_user import OWN, USER, SecondUser, home_of, own_variables
 
 _PREFIX = "gp-engine-"
 _LOCK, _SHARED_MEMORY = "owner.lock", "shared_memory"
 _LAST_LINES = 8
 _LINE_CHARS = 300
+_MOST_BYTES = 4 * 2**20
+_PHASES = {phase.value for phase in Phase}
+_LOGGING = "logging.json"
+_OPEN_TO_ALL = Path("/tmp")  # noqa: S108 - what is made there has a random name
 
 
 class EngineEnvironment:
@@ -41,6 +47,7 @@ class EngineEnvironment:
         preload: Sequence[str] = (),
         media: MediaLimits = CLOSED,
         without: Sequence[str] = (),
+        user: SecondUser | None = None,
     ) -> None:
         """Create the directory and set the variables in this process; the engines inherit them.
 
@@ -50,24 +57,56 @@ class EngineEnvironment:
             preload: Modules for the forkserver to import in addition to those that every engine needs.
             media: The images, audio and video that prompts may contain; by default none by URL.
             without: Variables to remove, because an engine must not see them.
+            user: The user as whom engines run; None: the user of this process.
         """
         remove_orphans()
-        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_base()))
-        self._lock = (self.directory / _LOCK).open("w")
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_OPEN_TO_ALL if user else _base()))
+        self._lock = open_private(self.directory / _LOCK, "w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._sockets, self._temporary = self.directory / "s", self.directory / "tmp"
         self._sockets.mkdir()
-        self._temporary.mkdir()
+        self._temporary.mkdir(mode=stat.S_IRWXU)
         self._phases = self.directory / "phases"
         self._errors = self.directory / "errors"
         self._log = self.directory / "log"
+        self._left_by_engines = [(self._sockets, "*"), (self._temporary, "vllm_dist_*")]
         ours = {**self._variables(cache_dir, cpu_threads), **forkserver_variables(preload), **media.variables}
+        if user is not None:
+            ours |= self._share(user, cache_dir)
         self._before = {name: os.environ.get(name) for name in (*ours, *without)}
         _set(ours | dict.fromkeys(without))
         self.begin_start()
 
+    # D129: the second user owns what its engines write, and no folder that holds anything else
+    def _share(self, user: SecondUser, cache_dir: Path) -> Mapping[str, str]:
+        """Let engines of a second user use this directory, but not others. Return the variables for that.
+
+        Engines may do anything in folders of their own, so this process follows no path through these.
+        """
+        sockets, temporary = self.directory / "es", self.directory / "etmp"
+        for folder in (sockets, temporary):
+            folder.mkdir(mode=stat.S_IRWXU)
+            os.chown(folder, user.uid, user.gid)
+        for file in (self._phases, self._errors, self._log):
+            open_private(file, "x").close()
+            os.chown(file, user.uid, user.gid)
+        (self.directory / _LOGGING).chmod(0o644)
+        self._sockets.chmod(0o711)
+        os.chown(self.directory, -1, user.gid)
+        self.directory.chmod(MAY_BE_PASSED)
+        self._left_by_engines += [(sockets, "*"), (temporary, "vllm_dist_*")]
+        own = own_variables(user, home_of(user, cache_dir))
+        own |= {"VLLM_RPC_BASE_PATH": str(sockets), "TMPDIR": str(temporary)}
+        # With 1, this process would run code that an engine sends (pickles).
+        return {USER: user.text, OWN: json.dumps(own), "VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}
+
+    @property
+    def sockets(self) -> Path:
+        """The folder in which this process creates the sockets on which engines talk to it."""
+        return self._sockets
+
     def _variables(self, cache_dir: Path, cpu_threads: int | None) -> Mapping[str, str]:
-        logging_config = self.directory / "logging.json"
+        logging_config = self.directory / _LOGGING
         logging_config.write_text(json.dumps(self._logging()), encoding="utf-8")
         chosen = {
             "VLLM_RPC_BASE_PATH": str(self._sockets),
@@ -134,8 +173,8 @@ class EngineEnvironment:
         """
         if alone:
             _remove_shared_memory(self.directory)
-            for entry in (*self._sockets.iterdir(), *self._temporary.glob("vllm_dist_*")):
-                entry.unlink()
+            for folder, pattern in self._left_by_engines:
+                _empty(folder, pattern)
         self._phases.write_text("", encoding="utf-8")
         self._errors.write_text("", encoding="utf-8")
         self._log.write_text("", encoding="utf-8")
@@ -151,15 +190,15 @@ class EngineEnvironment:
 
     def phases(self) -> Sequence[Phase]:
         """Return the phases that the engine's processes have announced so far, in order."""
-        return [Phase(word) for word in self._phases.read_text(encoding="utf-8").split()]
+        return [Phase(word) for word in _text(self._phases).split() if word in _PHASES]
 
     def first_error(self) -> str | None:
         """Return the error that ended the engine, as it was raised at its origin; None if none was logged."""
-        return root_cause(self._errors.read_text(encoding="utf-8", errors="replace"))
+        return root_cause(_text(self._errors))
 
     def last_lines(self) -> str:
         """Return the last lines of the engine's log, for an engine that logged no error; empty if there are none."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _text(self._log, last=True).splitlines()
         return "\n".join(line[:_LINE_CHARS] for line in lines[-_LAST_LINES:])
 
     def close(self) -> None:
@@ -179,13 +218,30 @@ def _set(variables: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+def _text(file: Path, *, last: bool = False) -> str:
+    """Return the first _MOST_BYTES of a file that engines write, or the last ones, as text."""
+    with file.open("rb") as opened:
+        if last:
+            opened.seek(max(0, opened.seek(0, os.SEEK_END) - _MOST_BYTES))
+        return opened.read(_MOST_BYTES).decode("utf-8", errors="replace")
+
+
+def _empty(folder: Path, pattern: str) -> None:
+    """Remove what matches ``pattern`` in a folder. Follows no link in it."""
+    for entry in folder.glob(pattern):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 def _base() -> Path:
     """Return the usual temporary folder if its path is short, else /tmp.
 
     A Unix socket's path has at most 107 characters, of which we need 58.
     """
     usual = Path(tempfile.gettempdir())
-    return usual if len(os.fsencode(usual)) < 49 else Path("/tmp")  # noqa: S108 - what is made there has a random name
+    return usual if len(os.fsencode(usual)) < 49 else _OPEN_TO_ALL
 
 
 def _remove_shared_memory(directory: Path) -> None:
@@ -227,7 +283,8 @@ def remove_orphans() -> None:
     Directories that other users could have made are left alone: the files that they list would be removed, too, and
     could be any files of this user.
     """
-    for directory in filter(is_private, _base().glob(f"{_PREFIX}*")):
+    found = (directory for base in {_base(), _OPEN_TO_ALL} for directory in base.glob(f"{_PREFIX}*"))
+    for directory in (each for each in found if is_private(each, may_be_passed=True)):
         try:
             with (directory / _LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,6 +32,7 @@ from deployments.engine.warm.forkserver import run_apart
 from deployments.engine.watch import EngineWatch
 from deployments.machine import process_tree
 from deployments.machine.out_of_memory import OOMKills
+from deployments.machine.second_user import SecondUser
 from deployments.models.weights import weights_of
 from registry.background import spawn, spawn_awaited
 from registry.errors import EngineStartFailed
@@ -64,6 +65,7 @@ class EngineHost:
         stall_s: float | None = None,
         sleep_host_gib: float = 0.0,
         media: MediaLimits = CLOSED,
+        user: SecondUser | None = None,
     ) -> None:
         """Create the host without starting anything; ``prepare`` does that.
 
@@ -79,6 +81,7 @@ class EngineHost:
             sleep_host_gib: GiB ≥ 0 of host memory for sleeping LLMs; 0: sleep mode is off. No effect on the CPU, where
                 vLLM has no sleep mode.
             media: The images, audio and video that prompts may contain; by default none by URL.
+            user: The user as whom engines run; None: the user of this process.
         """
         self.running: RunningLLM | None = None
         self._starting: asyncio.Task[RunningLLM] | None = None
@@ -94,6 +97,7 @@ class EngineHost:
             cpu_threads=cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1),
             preload=preload,
             media=media,
+            user=user,
         )
         self._endings = Endings(self._vllm, self._prepared)
         stall_s = stall_s or (_STALL_GPU_S if gpus else _STALL_CPU_S)
@@ -125,6 +129,7 @@ class EngineHost:
         Raises:
             ImportError: vLLM is not installed, or can't be imported here.
             RuntimeError: The host is closed.
+            BadSettings: Engines can't run as the second user; says why.
         """
         if self._closed:
             raise RuntimeError("the engine host is closed")
@@ -158,7 +163,7 @@ class EngineHost:
             timeout_s: Seconds > 0 after which the start is aborted, not counting ``prepare``.
 
         Raises:
-            ImportError: See ``prepare``.
+            ImportError, BadSettings: See ``prepare``.
             EngineStartFailed: vLLM rejected the LLM or failed (the reason is its first error), the start took too long,
                 or ``stop`` was called meanwhile.
             RuntimeError: An LLM is running or starting already, or the host is closed.
@@ -201,6 +206,7 @@ class EngineHost:
             woken = await self._wake(order, clock)
             if woken is not None:
                 return woken
+            await asyncio.to_thread(self._prepared.require_readable, order.model)
             await self._sleep.make_room(self._vllm.gpu_share(order))
             environment.begin_start(alone=not self._sleep.asleep)
             self._gpu_memory.note()

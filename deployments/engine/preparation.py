@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,10 +14,16 @@ import structlog
 from deployments.engine.environment import EngineEnvironment
 from deployments.engine.media import MediaLimits
 from deployments.engine.vllm_api import VLLM
-from deployments.engine.warm.forkserver import WarmForkserver
+from deployments.engine.warm.forkserver import WarmForkserver, run_apart
 from deployments.engine.warm.patches import shape_problem
+from deployments.engine.warm.sockets import hand_sockets_over
 from deployments.machine import process_tree
 from deployments.machine.child_processes import bind_spawned_processes
+from deployments.machine.second_user import SETTING, SecondUser, home_of, require_usable, runs_as, unreadable
+from registry.errors import BadSettings, EngineStartFailed
+
+CHECK_S = 20.0
+"""Time limit of ``require_readable``, seconds."""
 
 log = structlog.get_logger("deployments.engine.preparation")
 
@@ -37,6 +44,7 @@ class Preparation:
         cpu_threads: int,
         preload: Sequence[str],
         media: MediaLimits,
+        user: SecondUser | None,
     ) -> None:
         """Do nothing yet; see ``EngineHost`` for the arguments."""
         self.cold_reason: str | None = "not prepared"
@@ -48,6 +56,7 @@ class Preparation:
         self._cpu_threads = cpu_threads
         self._preload = preload
         self._media = media
+        self.user = user
         self._environment: EngineEnvironment | None = None
 
     @property
@@ -63,6 +72,8 @@ class Preparation:
 
     async def prepare(self) -> None:
         """Import vLLM here and in the warm forkserver, in parallel; see ``EngineHost.prepare``. Call it once."""
+        if self.user is not None:
+            await asyncio.to_thread(require_usable, self.user, home_of(self.user, self._cache_dir))
         self._environment = EngineEnvironment(
             self._cache_dir,
             cpu_threads=None if self._gpus else self._cpu_threads,
@@ -70,6 +81,7 @@ class Preparation:
             media=self._media,
             # VLLM_CPU_KVCACHE_SPACE would override our size, and allows only whole GiB.
             without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
+            user=self.user,
         )
         self.forkserver = WarmForkserver(self._environment.directory)
         warm, imported = await asyncio.gather(
@@ -80,6 +92,8 @@ class Preparation:
         if isinstance(imported, BaseException):
             raise imported
         self.cold_reason = str(warm) if isinstance(warm, BaseException) else self._why_cold()
+        if self.user is not None:
+            self._require_user(self.user)
         if self.cold_reason is None:
             self.forkserver.install()
             for problem in self.forkserver.not_preloaded:
@@ -95,6 +109,39 @@ class Preparation:
         if not self._gpus and binding != "nobind":
             return f"VLLM_CPU_OMP_THREADS_BIND={binding} binds threads, which only a fresh process can do"
         return shape_problem()
+
+    def _require_user(self, user: SecondUser) -> None:
+        """Make sure that engines run as this user. Raises BadSettings.
+
+        A cold engine starts with the environment and the rights of this process, so it is refused.
+        """
+        assert self.forkserver is not None
+        pid = self.forkserver.pid
+        if self.cold_reason is not None:
+            problem = f"engines of user {user.name!r} need a warm start, which is not possible: {self.cold_reason}"
+            raise BadSettings(SETTING, problem)
+        if pid is None or not runs_as(pid, user):
+            raise BadSettings(SETTING, f"the process from which engines are forked does not run as {user.name!r}")
+        hand_sockets_over(self.environment.sockets, user)
+
+    def require_readable(self, model: str) -> None:
+        """Make sure that engines can read the files of a model, if they run as a second user. Blocks up to CHECK_S.
+
+        Raises:
+            EngineStartFailed: They can't; names a file.
+        """
+        if self.user is None or self.forkserver is None:
+            return
+        files = [str(file) for file in Path(model).rglob("*") if file.is_file()]
+        try:
+            file = run_apart(self.forkserver.context, partial(unreadable, files), CHECK_S)
+        except (RuntimeError, TimeoutError) as error:
+            problem = f"a process of user {self.user.name!r} ({SETTING}) did not say whether it can read it: {error!r}"
+            raise EngineStartFailed(model, problem) from error
+        if file is not None:
+            remedy = "let this user read it and enter the folders above it, or choose another models.cache_dir"
+            problem = f"user {self.user.name!r} ({SETTING}) can't read {file}: {remedy}"
+            raise EngineStartFailed(model, problem)
 
     def processes(self) -> set[psutil.Process]:
         """Return all processes of engines; without a forkserver, all descendants that could be one."""

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from deployments.engine.environment import remove_shared_memory
+from deployments.engine.environment import remove_orphans, remove_shared_memory
 from deployments.launch import surroundings
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
@@ -128,6 +128,7 @@ def _run(
             if life is not None:
                 life.stopping()
             app.stop(settings)
+            remove_orphans()  # those of a second user's engines are not in the cluster's folder
     except StopWanted:  # nothing was started yet
         pass
     say("Everything is down.")

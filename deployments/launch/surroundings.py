@@ -17,6 +17,7 @@ import psutil
 from deployments.launch.local_ray import free_ports, require_free_port
 from deployments.machine.disk import disk_problem
 from deployments.machine.private_files import require_unchanged_by_others
+from deployments.machine.second_user import home_of, require_usable, second_user
 from registry.errors import BadSettings
 from registry.settings import Settings, url_host
 from registry.wire.http import LOOPBACK
@@ -47,14 +48,14 @@ def require_open_files(needed: int = HAPROXY_OPEN_FILES) -> None:
         )
 
 
-def require_writable(folder: Path, setting: str) -> None:
-    """Create a folder and test that it can be written.
+def require_writable(folder: Path, setting: str, mode: int = 0o700) -> None:
+    """Create a folder with this mode, unless it exists, and test that it can be written.
 
     Raises:
         BadSettings: It can't be created or written, or its disk is full; names the setting.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 4096)
             file.flush()
@@ -102,11 +103,16 @@ def check(settings: Settings) -> None:
     """Check what a local start needs. Raise the limit of open files, and set NO_PROXY, for its processes.
 
     Raises:
-        BadSettings: A folder or a limit does not allow the start, or every user can write to a folder.
+        BadSettings: A folder or a limit does not allow the start, every user can write to a folder, or engines can't
+            run as the user of ``wrappers.run_as``.
     """
+    user = None if settings.wrappers.run_as is None else second_user(settings.wrappers.run_as)
+    require_writable(settings.state_dir, "state_dir")
+    require_writable(settings.cache_dir, "cache_dir", 0o700 if user is None else 0o711)  # it has a folder of that user
     for folder, setting in ((settings.state_dir, "state_dir"), (settings.cache_dir, "cache_dir")):
-        require_writable(folder, setting)
         require_unchanged_by_others(folder, setting)
+    if user is not None:
+        require_usable(user, home_of(user, settings.cache_dir))
     require_writable(Path("/tmp"), "/tmp")  # noqa: S108 - Ray's socket paths must be short
     if settings.http.haproxy:
         require_open_files()

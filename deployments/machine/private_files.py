@@ -13,6 +13,9 @@ from registry.errors import BadSettings
 ANYONE_ELSE = stat.S_IRWXG | stat.S_IRWXO
 """The bits of a mode that give access to other users, the group included."""
 
+MAY_BE_PASSED = stat.S_IRWXU | stat.S_IXGRP
+"""Mode of a folder in which a group can use files whose names it knows, but neither list nor change them."""
+
 _FOR_OWNER = stat.S_IRUSR | stat.S_IWUSR
 
 
@@ -31,21 +34,29 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def is_private(folder: Path) -> bool:
-    """Whether a path is a folder (no link) of this user that other users can't enter. False if it does not exist."""
+def is_private(folder: Path, *, may_be_passed: bool = False) -> bool:
+    """Whether a path is a folder (no link) of this user that other users can't enter. False if it does not exist.
+
+    ``may_be_passed``: the mode MAY_BE_PASSED counts as well.
+    """
     try:
-        return _openness(folder.lstat()) is None
+        found = folder.lstat()
     except OSError:
         return False
+    passed = may_be_passed and stat.S_IMODE(found.st_mode) == MAY_BE_PASSED
+    return _openness(found, but=stat.S_IXGRP if passed else 0) is None
 
 
-def _openness(found: os.stat_result) -> str | None:
-    """Return why this is not a folder of this user alone; None if it is. ``found``: from ``lstat``."""
+def _openness(found: os.stat_result, but: int = 0) -> str | None:
+    """Return why this is not a folder of this user alone; None if it is.
+
+    ``found``: from ``lstat``. ``but``: bits of the mode that others may have.
+    """
     if not stat.S_ISDIR(found.st_mode):
         return "is a link or a file, but must be a folder"
     if found.st_uid != os.geteuid():
         return f"belongs to another user (uid {found.st_uid})"
-    if found.st_mode & ANYONE_ELSE:
+    if found.st_mode & ANYONE_ELSE & ~but:
         return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}), who may have changed what is in it"
     return None
 

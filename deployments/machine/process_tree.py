@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - read from the kernel, not written to
+
 
 def descendants(pid: int) -> set[psutil.Process]:
     """Return all descendants of a process; none if it does not exist. A reused pid counts as another process."""
@@ -81,10 +83,11 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
     found = set()
     for process in processes:
         with suppress(OSError):
-            for line in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8").splitlines():
-                _, directory, name = line.partition("/dev/shm/")  # noqa: S108 - read from the kernel, not written to
-                if name and not name.endswith(" (deleted)"):
-                    found.add(Path(directory) / name)
+            for line in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+                # The last of six fields is the path. It may be any file's, because a process chooses what it maps.
+                path = Path(line.split(maxsplit=5)[-1])
+                if path.parent == _SHARED_MEMORY and not path.name.endswith(" (deleted)"):
+                    found.add(path)
     return found
 
 

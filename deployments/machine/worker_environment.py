@@ -47,12 +47,12 @@ def forwarded_environment() -> dict[str, str]:
 
     Proxy variables are included in every spelling, since programs read different ones.
     """
-    return {name: value for name, value in _for_models(os.environ) if not _is_secret(name, value)}
+    return {name: value for name, value in _for_models(os.environ) if not is_secret(name, value)}
 
 
 def secret_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the secret ones of these variables: tokens and keys, and URLs that contain a user or a password."""
-    return {name: value for name, value in _for_models(environment) if _is_secret(name, value)}
+    return {name: value for name, value in _for_models(environment) if is_secret(name, value)}
 
 
 # D130: secrets reach processes by a file
@@ -102,7 +102,7 @@ def _for_models(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _is_secret(name: str, value: str) -> bool:
+def is_secret(name: str, value: str) -> bool:
     """Whether a variable is a token, a key, or a URL with credentials. A proxy's URL may lack a scheme."""
     may_have_credentials = "://" in value or name.upper() in PROXY_VARIABLES
     return _SECRET_NAME.search(name) is not None or (may_have_credentials and "@" in value)

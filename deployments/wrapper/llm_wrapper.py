@@ -22,6 +22,7 @@ from deployments.engine.rest import EngineRest
 from deployments.engine.vllm_api import RunningLLM
 from deployments.machine.cpu_quota import cpus_here
 from deployments.machine.out_of_memory import WRAPPER_SCORE, raise_score
+from deployments.machine.second_user import second_user
 from deployments.machine.wrapper_activity import WrapperActivity
 from deployments.models.args.mapping import task_of
 from deployments.models.cache import ModelCache
@@ -167,4 +168,5 @@ def _engine_host(config: WrapperConfig, cpus: float) -> EngineHost:
         preload=[f"vllm.model_executor.models.{name}" for name in config.settings.preload],
         sleep_host_gib=(config.settings.sleep_host_gib or 0.0) / config.on_machine,
         media=MediaLimits(config.models.allowed_media_domains, config.models.media_max_mib * 2**20),
+        user=None if config.settings.run_as is None else second_user(config.settings.run_as),
     )

@@ -60,6 +60,8 @@ CASES: Final[dict[str, list[tuple[str, str]]]] = {
         ("multiprocessing.spawn", "_fixup_main_from_name"),
         ("multiprocessing.spawn", "_fixup_main_from_path"),
     ],
+    "Socket.bind": [("zmq.sugar.socket", "addr")],
+    "spawn.prepare": [("multiprocessing.spawn", name) for name in ("_main", "dir")],
     "context.ForkServerContext.Process": [("multiprocessing.context", "ForkServerContext.Process")],
     "context.SpawnContext.Process": [("multiprocessing.context", "SpawnContext.Process")],
     "forkserver._forkserver: _forkserver_pid, _stop": [

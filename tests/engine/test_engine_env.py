@@ -1,8 +1,10 @@
+import fcntl
 import json
 import logging
 import logging.config
 import logging.handlers
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from deployments.engine.environment import EngineEnvironment, log_handlers_kept, remove_orphans
 from deployments.engine.phases import Phase, PhaseClock
 from deployments.engine.root_cause import root_cause
+from deployments.machine.second_user import SecondUser, engine_environment
 
 WORKER = """\x1eWorkerProc failed to start.\x1f
 Traceback (most recent call last):
@@ -248,3 +251,39 @@ def test_phase_clock_adds_up() -> None:
     assert told == [Phase.CONFIGURING, Phase.LOADING, Phase.READY]
     assert list(clock.took_s) == ["configuring", "loading"]
     assert min(clock.took_s.values()) >= 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_a_second_user_gets_only_what_its_engines_need(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engines own their sockets, temporary files and logs; all else is root's, and closed to other users.
+
+    If the wrapper is killed, the next one removes all of it, and follows no link that an engine has left.
+    """
+    monkeypatch.setattr("deployments.engine.environment._OPEN_TO_ALL", temporary)
+    user = SecondUser("nobody", 65_534, 65_534)
+    environment = EngineEnvironment(temporary / "cache", cpu_threads=1, user=user)
+    own = engine_environment(os.environ)
+    directory = environment.directory
+    try:
+        owned = {file.name for file in directory.iterdir() if file.stat().st_uid == user.uid}
+        assert owned == {"errors", "es", "etmp", "log", "phases"}
+        assert {directory / name for name in ("es", "etmp")} == {
+            Path(own[name]) for name in ("VLLM_RPC_BASE_PATH", "TMPDIR")
+        }
+        assert os.environ["VLLM_RPC_BASE_PATH"] == str(environment.sockets)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o710
+        open_to_all = [file for file in directory.rglob("*") if file.stat().st_mode & stat.S_IWOTH]
+        assert open_to_all == []
+        kept = temporary / "kept"
+        (kept / "folder").mkdir(parents=True)
+        (directory / "es" / "link").symlink_to(kept)
+        (directory / "es" / "folder").mkdir()
+        environment.begin_start()
+        assert list((directory / "es").iterdir()) == []
+        assert (kept / "folder").exists()
+    finally:
+        fcntl.flock(environment._lock, fcntl.LOCK_UN)  # as the kernel does when the process ends
+        remove_orphans()
+        assert not directory.exists()
+        directory.mkdir()  # so that ``close`` finds what it removes
+        environment.close()

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import mmap
 import os
 import subprocess
 import sys
@@ -155,3 +156,12 @@ def test_shared_memory_is_found_while_it_has_a_name() -> None:
     memory.close()
     assert memory.name in found
     assert memory.name not in left
+
+
+def test_only_what_lies_in_the_folder_of_shared_memory_is_found(tmp_path: Path) -> None:
+    """A process can map any file, and the files that are found are removed: names elsewhere do not count."""
+    folder = tmp_path / "dev" / "shm"
+    folder.mkdir(parents=True)
+    (folder / "planted").write_bytes(b"x" * 4096)
+    with (folder / "planted").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert "planted" not in {path.name for path in process_tree.shared_memory([psutil.Process()])}

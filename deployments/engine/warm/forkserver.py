@@ -11,6 +11,7 @@ owner is killed and can't clean up.
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import multiprocessing
 import os
@@ -22,14 +23,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import context, forkserver, resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from deployments.machine.second_user import USER, engine_environment, not_second_user
 from registry.background import spawn_thread
 
 T = TypeVar("T")
 
 LOOK_S = 0.05
 """Seconds between two checks of ``given_up`` in ``run_apart``."""
+
+LEAVE_S: Final = 5.0
+"""Seconds in which the process of ``run_apart`` must end after its answer; then it is killed."""
+
+ANSWER_BYTES: Final = 2**20
+"""Longest answer of ``run_apart``, bytes; those of vLLM have about 1,000."""
+
+_RESULTS: Final = frozenset({("vllm.model_executor.models.registry", "_ModelInfo")})
+"""Classes that a result of ``run_apart`` may contain, as (module, name): a dataclass of vLLM with plain fields."""
 
 PRELOAD = "deployments.engine.warm.preload"
 OWNER_PID = "GREENPROMPT_ENGINE_OWNER_PID"
@@ -55,17 +66,44 @@ def forkserver_variables(preload: Sequence[str]) -> Mapping[str, str]:
 
 
 class EngineProcess(context.ForkServerProcess):
-    """A fork of the warm forkserver, with the environment that the owner had when this object was created."""
+    """A fork of the warm forkserver, with the environment that the owner had when this object was created.
+
+    If engines run as a second user, it gets only what ``engine_environment`` leaves of it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._environment = dict(os.environ)
+        self._environment = engine_environment(os.environ)
 
     def run(self) -> None:
         """Run the target; in the child."""
         os.environ.clear()
         os.environ.update(self._environment)
+        if USER in os.environ:
+            if self._target is not _answer and (problem := _why_refused()) is not None:  # type: ignore[attr-defined]
+                raise RuntimeError(problem)
+            _leave_tracker()
         super().run()
+
+
+def _why_refused() -> str | None:
+    """Return why this process must run nothing, because the forkserver is not the second user; None if it may.
+
+    It was at the host's start. But multiprocessing starts a forkserver that has died again.
+    """
+    left = not_second_user()
+    return None if left is None else getattr(sys.modules.get(PRELOAD), "problem", None) or left
+
+
+def _leave_tracker() -> None:
+    """Let this process start a resource tracker of its own if it needs one.
+
+    That of the owner runs as root, and removes what it is told.
+    """
+    tracker: Any = resource_tracker._resource_tracker
+    if tracker._fd is not None:
+        os.close(tracker._fd)
+    tracker._fd = tracker._pid = None
 
 
 class _WarmContext(context.ForkServerContext):
@@ -179,13 +217,13 @@ def run_apart(
 
     Args:
         context: The multiprocessing context that creates the process.
-        function: Anything that cloudpickle can pickle, including a lambda.
+        function: Anything that cloudpickle can pickle, including a lambda. It returns plain data or ``_RESULTS``.
         timeout_s: Seconds ≥ 0 after which the process is killed; None: no limit.
         given_up: Checked every LOOK_S seconds; the process is killed when it returns True.
 
     Raises:
         TimeoutError: It did not answer in time, or ``given_up`` returned True.
-        RuntimeError: It raised (the text says what), or its process ended without an answer.
+        RuntimeError: It raised (the text says what), its process ended without an answer, or the answer is refused.
     """
     import cloudpickle  # type: ignore[import-untyped]  # comes with vLLM; plain pickle refuses lambdas
 
@@ -201,22 +239,47 @@ def run_apart(
                 if given_up() or time.monotonic() >= until_s:
                     process.kill()
                     raise TimeoutError
-            succeeded, value = pickle.loads(reader.recv_bytes())
+            answer = reader.recv_bytes(ANSWER_BYTES)
         except EOFError:
-            process.join()
+            process.join(LEAVE_S)
             raise RuntimeError(f"the process ended without an answer (exit code {process.exitcode})") from None
+        except OSError as error:
+            process.kill()  # it waits until all of the answer is read
+            raise RuntimeError(f"the answer of the process is longer than {ANSWER_BYTES} bytes") from error
         finally:
-            process.join()
+            process.join(LEAVE_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
             process.close()
+    succeeded, value = _read(answer)
     if not succeeded:
         raise RuntimeError(value)
     return value  # type: ignore[no-any-return]
 
 
+def _read(answer: bytes) -> tuple[bool, Any]:
+    try:
+        succeeded, value = _Answer(io.BytesIO(answer)).load()
+    except Exception as error:  # bytes by a stranger can raise anything
+        raise RuntimeError(f"the answer of the process can't be read ({error})") from None
+    return succeeded, value
+
+
+class _Answer(pickle.Unpickler):
+    """Reads plain data and ``_RESULTS`` only, because the code of a checkpoint may have written the bytes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _RESULTS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
 def _answer(pickled: bytes, writer: Any) -> None:
     """Run the function and send its result; the child's side of ``run_apart``."""
     try:
-        outcome = (True, pickle.loads(pickled)())
+        refused = _why_refused()
+        outcome = (True, pickle.loads(pickled)()) if refused is None else (False, refused)
     except Exception as problem:
         outcome = (False, f"{type(problem).__name__}: {problem}")
     writer.send_bytes(pickle.dumps(outcome))

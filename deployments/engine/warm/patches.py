@@ -166,9 +166,19 @@ VLLM: Final = (*VLLM_ENGINES, *VLLM_WRAPPER)
 
 PYTHON: Final = (
     Patch(
+        "pyzmq", "Socket.bind", How.WRAPPED, "engines of a second user can connect to sockets of the wrapper",
+        (Has("zmq.sugar.socket", "Socket.bind", takes=("addr",)),), "never: it only concerns the folder of one host",
+    ),
+    Patch(
         "multiprocessing", "spawn._fixup_main_from_name and _fixup_main_from_path", How.REPLACED,
         "an engine does not import its owner's main module",
         (Has("multiprocessing.spawn", "prepare", ("_fixup_main_from_name", "_fixup_main_from_path")),), _WITH_PROCESS,
+    ),
+    Patch(
+        "multiprocessing", "spawn.prepare", How.WRAPPED,
+        "an engine of a second user does not enter its owner's current folder",
+        (Has("multiprocessing.spawn", "_main", ("prepare",)), Has("multiprocessing.spawn", "prepare", ("dir",))),
+        _WITH_PROCESS,
     ),
     Patch(
         "multiprocessing", "context.ForkServerContext.Process", How.SUBCLASSED,
@@ -191,14 +201,15 @@ PYTHON: Final = (
         _NOTHING,
     ),
     Patch(
-        "multiprocessing", "resource_tracker._resource_tracker: _fd, _pid, _stop", How.READ,
-        "the tracker must not count as an engine's process, and must end with the forkserver",
+        "multiprocessing", "resource_tracker._resource_tracker: _fd, _pid, _stop", How.SET,
+        "the tracker must not count as an engine's process, nor serve one of a second user, and must end with the "
+        "forkserver",
         (
             Has("multiprocessing.resource_tracker", "_resource_tracker"),
             Has("multiprocessing.resource_tracker", "ResourceTracker.__init__", ("_fd", "_pid")),
             Has("multiprocessing.resource_tracker", "ResourceTracker._stop"),
         ),
-        _NOTHING,
+        "set only in engines of a second user, and ends with them",
     ),
     Patch(
         "multiprocessing", "current_process()._config['tempdir']", How.REPLACED,

@@ -5,15 +5,19 @@ Import it nowhere else: it changes the process permanently.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import multiprocessing.spawn
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from deployments.engine.warm.forkserver import OWNER_PID, PRELOAD_EXTRA
 from deployments.engine.warm.patches import VLLM_ENGINES, patch_engine_processes, shape_problem
 from deployments.machine.child_processes import allow_amx, die_with_parent
 from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
+from deployments.machine.second_user import USER, run_as_second_user
 
 _ALWAYS = (
     "vllm.v1.engine.async_llm",
@@ -74,12 +78,25 @@ def _preload() -> str | None:
     return None
 
 
+def _stay_in_folder(prepare: Callable[[Mapping[str, Any]], None]) -> Callable[[Mapping[str, Any]], None]:
+    """Let forks not enter their owner's current folder, which a second user may not be able to enter."""
+
+    @functools.wraps(prepare)
+    def stay(data: Mapping[str, Any]) -> None:
+        prepare({name: value for name, value in data.items() if name != "dir"})
+
+    return stay
+
+
 die_with_parent(int(os.environ[OWNER_PID]))
+problem = run_as_second_user()  # executes this program again, from its first line
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 # An engine does not need its owner's main module, and in a Ray worker importing it is slow and unsafe.
 multiprocessing.spawn._fixup_main_from_name = lambda _name: None  # type: ignore[attr-defined]  # noqa: SLF001
 multiprocessing.spawn._fixup_main_from_path = lambda _path: None  # type: ignore[attr-defined]  # noqa: SLF001
+if USER in os.environ:
+    multiprocessing.spawn.prepare = _stay_in_folder(multiprocessing.spawn.prepare)  # type: ignore[assignment]
 try:
-    problem = _preload()
+    problem = problem or _preload()
 except Exception as error:
     problem = f"importing vLLM failed: {type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from deployments.launch.surroundings import (
 )
 from deployments.machine.disk import disk_problem
 from registry.errors import BadSettings
-from registry.settings import RaySettings, Settings
+from registry.settings import RaySettings, Settings, WrapperSettings
 
 
 def test_too_few_open_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +54,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert disk_problem(tmp_path) is None
     assert disk_problem(tmp_path / "nowhere") is not None
+
+
+def test_a_second_user_is_checked_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user that engines can't run as is an error that names the setting; nothing is started."""
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    settings = Settings(state_dir=tmp_path, cache_dir=tmp_path, wrappers=WrapperSettings(run_as="no-such-user"))
+    with pytest.raises(BadSettings, match=r"wrappers\.run_as: this machine has no user 'no-such-user': create it"):
+        surroundings.check(settings)
 
 
 def test_the_dashboards_port() -> None:

@@ -113,6 +113,7 @@ def test_values_of_the_file_are_taken(write) -> None:
         ("models: {cache_max_gib: 10}", "cache_max_gib needs cache_dir"),
         ("models: {cache_dir: x, cache_max_gib: 0}", "models.cache_max_gib"),
         ("wrappers: {preload: [os.path]}", "wrappers.preload"),
+        ("wrappers: {run_as: ../llm}", "wrappers.run_as"),
         ("wrappers: {fence_s: 17.9}", "wrappers.fence_s must be at least 18"),
         ("watch: {period_s: 10}", "wrappers.fence_s must be at least 45"),
         ("queue: {deploy_attempts: 0}", "queue.deploy_attempts"),
