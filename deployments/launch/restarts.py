@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -23,6 +22,7 @@ import psutil
 
 from deployments.machine import process_tree
 from deployments.machine.child_processes import die_with_parent
+from registry.background import spawn_thread
 from registry.errors import RegistryError, StartFailed, in_one_line
 
 PAUSES_S = (0.0, 2.0, 10.0, 30.0, 60.0)
@@ -78,13 +78,13 @@ class Life:
 
         The end is hard: what else runs in this process would wait for Ray for a minute.
         """
-        threading.Thread(target=self._watch, args=[vital_processes()], name="cluster-watch", daemon=True).start()
+        vital = vital_processes()
+        spawn_thread("cluster-watch", lambda: self._end(first_death(vital)), on_failure=self._watch_failed)
 
-    def _watch(self, vital: Sequence[psutil.Process]) -> None:
-        try:
-            problem = first_death(vital)
-        except Exception as error:  # without a watch a dead cluster would go unnoticed
-            problem = f"the watch of Ray's processes failed: {in_one_line(error)}"
+    def _watch_failed(self, error: BaseException) -> None:
+        self._end(f"the watch of Ray's processes failed: {in_one_line(error)}")  # a death would go unnoticed
+
+    def _end(self, problem: str) -> None:
         if not self._stopping:
             self._report.send(StartFailed(problem))
             os._exit(1)

@@ -29,6 +29,7 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 OPEN_INSIDE = {
     RAY_FOLDER: "Ray opens its own folder to all users, on purpose",
+    "ray-logs": "copies of the folders of Ray that have ended, as open as they were",
     TEMPORARY: "libraries make temporary files as the umask says",
     HAPROXY_FOLDER: "Serve adds files as the umask says; those that we write are closed, see test_haproxy.py",
 }
