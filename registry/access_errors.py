@@ -48,20 +48,20 @@ class JWTRefused(RegistryError):
         return f"the JWT is refused: {self.problem}; get another one from its issuer, or use an API key"
 
 
-class IssuerUnreachable(RegistryError):
-    """The keys of the issuer of JWTs can't be read at the moment, so no JWT can be checked."""
+class JWTNotChecked(RegistryError):
+    """A JWT can't be checked at the moment, because its key is not known, and its issuer can't be asked right now."""
 
-    code = "issuer_unreachable"
+    code = "jwt_not_checked"
     http_status = 503
     retryable = True
 
-    issuer: str
+    problem: str
     retry_after_s: float
 
     def __str__(self) -> str:
         return (
-            f"no JWT can be checked, because the keys of {self.issuer} can't be read at the moment; use an API key, or "
-            f"try again in {self.retry_after_s:.3g} s"
+            f"the JWT can't be checked at the moment: {self.problem}; use an API key, or try again in "
+            f"{self.retry_after_s:.3g} s"
         )
 
 

@@ -136,7 +136,7 @@ class KeyGuard:
     async def _key(self, scope: Scope, roles: frozenset[Role]) -> APIKey:
         """Return the key of a request, also in its scope.
 
-        Raises KeyNeeded, KeyRefused, JWTRefused, IssuerUnreachable, TooManyWrongKeys, NotAllowed, and what the registry
+        Raises KeyNeeded, KeyRefused, JWTRefused, JWTNotChecked, TooManyWrongKeys, NotAllowed, and what the registry
         raises.
         """
         given = [value for name, value in scope["headers"] if name == b"authorization"]

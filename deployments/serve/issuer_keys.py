@@ -1,7 +1,7 @@
 """The public keys of the issuer of JWTs: reads them from its URL or from a file, and keeps them for a while.
 
 Callers can make the ingress read the keys again, by a JWT with an unknown key id; so it does that at most once in
-AGAIN_S seconds.
+AGAIN_S seconds. Until then, nobody knows whether the issuer has such a key now: these callers are to come back.
 """
 
 # D134: an OIDC issuer may identify callers
@@ -19,7 +19,7 @@ import httpx
 import jwt
 import structlog
 
-from registry.access_errors import IssuerUnreachable
+from registry.access_errors import JWTNotChecked
 from registry.background import spawn
 from registry.errors import BadSettings, in_one_line
 from registry.oidc_settings import OIDCSettings, encrypted
@@ -35,17 +35,23 @@ MAX_BYTES = 256 * 1024
 MAX_KEYS = 100
 """Most keys of an issuer."""
 
-OLD_S = 600.0
-"""Age after which keys are read again, seconds: a key that the issuer withdraws is refused after this time."""
+EARLY_S = 300.0
+"""Age after which the next call has the keys read again, seconds. No caller waits for that."""
 
-PATIENCE_S = 1.0
-"""How long a caller waits for that, seconds; then the old keys are used."""
+OLD_S = 600.0
+"""Age after which callers wait for that, seconds: a key that the issuer withdraws is refused after this time."""
 
 KEPT_S = 3600.0
 """How long keys are used while the issuer can't be reached, seconds after they were read."""
 
 AGAIN_S = 15.0
-"""Shortest time between two attempts to read the keys, seconds."""
+"""Shortest time between the beginnings of two reads, seconds."""
+
+OUTAGE_S = AGAIN_S + READ_S
+"""How long after a failed read callers don't wait for the next one, seconds, while they have keys."""
+
+MAX_WAITING = 100
+"""Most callers that wait for the keys."""
 
 MAX_RSA_BITS = 8192
 """Longest RSA key: the time to check a signature grows with the square of it."""
@@ -75,23 +81,31 @@ class IssuerKeys:
         self._issuer = issuer
         self._read = read
         self._keys: Sequence[IssuerKey] = ()
-        self._read_s = self._tried_s = -float("inf")  # monotonic clock
+        # Monotonic clock: when the last successful read began, when the last read began, and when one failed last.
+        self._read_s = self._tried_s = self._failed_s = -float("inf")
         self._reading: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     async def fitting(self, key_id: str | None, algorithm: str) -> list[jwt.PyJWK]:
         """Return the keys with this id for this algorithm; None: with any id, or none.
 
-        Waits up to READ_S + PATIENCE_S seconds if there are no keys yet, or if none of them fits. Raises
-        IssuerUnreachable if there are none, or if they could not be read for KEPT_S seconds.
+        May wait for a read of the keys. Raises JWTNotChecked if they could not be read for KEPT_S seconds, if none
+        fits and no read has begun since this call, or if MAX_WAITING callers wait already.
         """
-        if self._age_s() > OLD_S:
-            await self._refresh(READ_S + PATIENCE_S if self._age_s() > KEPT_S else PATIENCE_S)
-            if self._age_s() > KEPT_S:
-                raise IssuerUnreachable(self._issuer, max(1.0, self._tried_s + AGAIN_S - monotonic()))
+        called_s = monotonic()
+        if self._age_s() > EARLY_S:
+            self._begin_read()
+        if self._age_s() > (KEPT_S if called_s - self._failed_s < OUTAGE_S else OLD_S):
+            await self._wait()
+        if self._age_s() > KEPT_S:
+            raise self._not_checked(f"the keys of {self._issuer} can't be read")
         found = self._of(key_id, algorithm)
         if not found:
-            await self._refresh(READ_S + PATIENCE_S)
+            self._begin_read()
+            await self._wait()
             found = self._of(key_id, algorithm)
+            if not found and self._read_s < called_s:
+                raise self._not_checked("its issuer had no such key when its keys were read last")
         return found
 
     def _age_s(self) -> float:
@@ -100,24 +114,41 @@ class IssuerKeys:
     def _of(self, key_id: str | None, algorithm: str) -> list[jwt.PyJWK]:
         return [each.key for each in self._keys if each.algorithm == algorithm and key_id in (None, each.key_id)]
 
-    async def _refresh(self, wait_s: float) -> None:
-        """Read the keys, or wait for the read in progress. Does nothing if the last attempt was a moment ago."""
+    def _not_checked(self, problem: str) -> JWTNotChecked:
+        return JWTNotChecked(problem, max(1.0, self._tried_s + AGAIN_S - monotonic()))
+
+    def _begin_read(self) -> None:
+        """Begin to read the keys, unless that is in progress, or was begun a moment ago."""
         if (self._reading is None or self._reading.done()) and monotonic() - self._tried_s >= AGAIN_S:
             self._tried_s = monotonic()
             self._reading = spawn("read the keys of the issuer of JWTs", self._read_once())
-        if self._reading is not None and not self._reading.done():
-            await asyncio.wait({self._reading}, timeout=wait_s)  # a caller that is cancelled does not end it
+
+    async def _wait(self) -> None:
+        """Wait for the end of the read in progress, if there is one. Raises JWTNotChecked if many callers do so."""
+        if self._reading is None or self._reading.done():
+            return
+        if self._waiting >= MAX_WAITING:
+            raise JWTNotChecked("too many callers wait until the keys of its issuer are read", 1.0)
+        self._waiting += 1
+        try:
+            await asyncio.wait({self._reading}, timeout=READ_S + 1.0)  # a caller that is cancelled does not end it
+        finally:
+            self._waiting -= 1
 
     async def _read_once(self) -> None:
+        begun_s = monotonic()
         try:
             async with asyncio.timeout(READ_S):
                 keys = await self._read()
         except Exception as error:  # httpx, ssl, OSError, UnusableKeys: for a caller they are all the same
             log.warning("the keys of the issuer of JWTs can't be read", issuer=self._issuer, reason=in_one_line(error))
+            self._failed_s = monotonic()
             return
         if [each[:2] for each in keys] != [each[:2] for each in self._keys]:
             log.info("the keys of the issuer of JWTs were read", issuer=self._issuer, keys=len(keys))
-        self._keys, self._read_s = keys, monotonic()
+        if not keys:
+            log.warning("the issuer of JWTs has no usable key, so all JWTs are refused", issuer=self._issuer)
+        self._keys, self._read_s = keys, begun_s
 
 
 def issuer_keys(settings: OIDCSettings) -> IssuerKeys:
@@ -137,7 +168,9 @@ def require_files(settings: OIDCSettings) -> None:
     """Raise BadSettings if a file in the settings can't be read, or does not contain what it should."""
     if settings.jwks_file is not None:
         try:
-            parse_keys(_contents(settings.jwks_file), settings.algorithms)
+            if not parse_keys(_contents(settings.jwks_file), settings.algorithms):
+                allowed = ", ".join(settings.algorithms)
+                raise UnusableKeys(f"the list of keys (JWKS) has no key for {allowed} (access.oidc.algorithms)")
         except (OSError, UnusableKeys) as error:
             raise BadSettings("access.oidc.jwks_file", f"{settings.jwks_file} can't be used: {error}") from error
     if settings.ca_file is not None:
@@ -151,7 +184,8 @@ def require_files(settings: OIDCSettings) -> None:
 def parse_keys(text: bytes, algorithms: Iterable[str]) -> list[IssuerKey]:
     """Return the usable keys of a JWKS, for each algorithm. Keys of other kinds are left out.
 
-    Raises UnusableKeys: it is no JWKS, or has no usable key, or too many keys.
+    An empty list is returned, too: who withdraws the last key wants no JWT to be accepted. Raises UnusableKeys: it is
+    no JWKS, or has too many keys.
     """
     keys = _object(text, "the list of keys (JWKS)").get("keys")
     if not isinstance(keys, list):
@@ -159,10 +193,7 @@ def parse_keys(text: bytes, algorithms: Iterable[str]) -> list[IssuerKey]:
     if len(keys) > MAX_KEYS:
         raise UnusableKeys(f"the list of keys (JWKS) has {len(keys)} keys; {MAX_KEYS} are allowed")
     allowed = list(algorithms)
-    found = [key for each in keys for algorithm in allowed if (key := _key(each, algorithm)) is not None]
-    if not found:
-        raise UnusableKeys(f"the list of keys (JWKS) has no key for {', '.join(allowed)} (access.oidc.algorithms)")
-    return found
+    return [key for each in keys for algorithm in allowed if (key := _key(each, algorithm)) is not None]
 
 
 def _key(found: Any, algorithm: str) -> IssuerKey | None:

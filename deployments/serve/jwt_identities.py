@@ -64,7 +64,7 @@ class JWTIdentities:
     async def identity(self, text: str) -> APIKey:
         """Check a JWT, and return whom it identifies.
 
-        Raises JWTRefused, IssuerUnreachable. May wait for the issuer's keys, see ``IssuerKeys``.
+        Raises JWTRefused, JWTNotChecked. May wait for the issuer's keys, see ``IssuerKeys``.
         """
         if len(text) > MAX_JWT:
             raise JWTRefused(f"it is longer than {MAX_JWT // 1024} KiB")
@@ -80,7 +80,7 @@ class JWTIdentities:
         return APIKey(key_id, role, tenant, "", "", 0.0, expires_s)
 
     async def _key(self, header: dict[str, Any]) -> jwt.PyJWK:
-        """Return the key that a JWT says it is signed with. Raises JWTRefused, IssuerUnreachable."""
+        """Return the key that a JWT says it is signed with. Raises JWTRefused, JWTNotChecked."""
         if any(name in header for name in _NOT_UNDERSTOOD):
             raise JWTRefused(f"its header has one of the fields {', '.join(_NOT_UNDERSTOOD)}")
         if any(name in header for name in _FOREIGN_KEYS):

@@ -9,13 +9,24 @@ from typing import Any
 
 import certifi
 import pytest
+from jwt import PyJWK
 from jwt.algorithms import ECAlgorithm
 from structlog.testing import capture_logs
 
 from deployments.serve import issuer_keys
-from deployments.serve.issuer_keys import AGAIN_S, KEPT_S, MAX_BYTES, MAX_KEYS, OLD_S, IssuerKey, IssuerKeys, parse_keys
+from deployments.serve.issuer_keys import (
+    AGAIN_S,
+    EARLY_S,
+    KEPT_S,
+    MAX_BYTES,
+    MAX_KEYS,
+    OLD_S,
+    IssuerKey,
+    IssuerKeys,
+    parse_keys,
+)
 from deployments.serve.issuer_keys import issuer_keys as keys_of
-from registry.access_errors import IssuerUnreachable
+from registry.access_errors import JWTNotChecked
 from registry.errors import BadSettings
 from registry.oidc_settings import OIDCSettings
 from tests.support.app_server import served
@@ -92,7 +103,7 @@ async def test_an_issuer_that_never_answered_is_not_hammered(issuer: Issuer, clo
     keys = keys_of(issuer.settings())
     issuer.site.serve(KEYS, b"", 500)
     for _ in range(20):
-        with pytest.raises(IssuerUnreachable, match=r"try again in 15 s") as caught:
+        with pytest.raises(JWTNotChecked, match=r"try again in 15 s") as caught:
             await keys.fitting("r1", "RS256")
     assert (caught.value.http_status, caught.value.retryable) == (503, True)
     assert issuer.site.asked == [CONFIGURATION, KEYS]
@@ -111,7 +122,7 @@ async def test_keys_outlast_an_outage_for_a_while(issuer: Issuer, clock: ManualC
         clock.now_s = begin_s + age_s
         assert len(await keys.fitting("r1", "RS256")) == 1
     clock.now_s = begin_s + KEPT_S + AGAIN_S
-    with pytest.raises(IssuerUnreachable):
+    with pytest.raises(JWTNotChecked):
         await keys.fitting("r1", "RS256")
 
 
@@ -137,25 +148,129 @@ async def test_a_slow_issuer_has_a_time_limit(clock: ManualClock, monkeypatch: p
         await asyncio.Event().wait()
         return []
 
-    with capture_logs() as logs, pytest.raises(IssuerUnreachable):
+    with capture_logs() as logs, pytest.raises(JWTNotChecked):
         await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
     assert "Timeout" in logs[0]["reason"]
 
 
-async def test_old_keys_are_used_while_new_ones_are_slow(
-    issuer: Issuer, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A caller waits for PATIENCE_S at most while there are keys that can be used."""
-    keys = keys_of(issuer.settings())
-    assert len(await keys.fitting("r1", "RS256")) == 1
-    monkeypatch.setattr(issuer_keys, "PATIENCE_S", 0.01)
+class SlowIssuer:
+    """The keys of an issuer that answers with ``answer`` when ``ready`` is set, or not at all if it is None."""
+
+    def __init__(self) -> None:
+        self.answer: bytes | None = jwks()
+        self.ready = asyncio.Event()
+        self.keys = IssuerKeys("https://idp.example", self._read)
+
+    async def _read(self) -> Sequence[IssuerKey]:
+        await self.ready.wait()
+        if self.answer is None:
+            raise OSError("no answer")
+        return parse_keys(self.answer, ["RS256"])
+
+    async def call(self, key_id: str = "r1") -> asyncio.Task[list[PyJWK]]:
+        """Begin to ask for a key, and return the task, which is done unless it waits for the issuer."""
+        task = asyncio.create_task(self.keys.fitting(key_id, "RS256"))
+        await asyncio.sleep(0)
+        return task
+
+
+@pytest.fixture
+async def slow(clock: ManualClock) -> SlowIssuer:
+    """An issuer whose keys were read just now, and which has become slow."""
+    slow = SlowIssuer()
+    slow.ready.set()
+    assert len(await slow.keys.fitting("r1", "RS256")) == 1
+    slow.ready.clear()
+    return slow
+
+
+async def test_a_forged_kid_delays_no_new_key(slow: SlowIssuer, clock: ManualClock) -> None:
+    """A JWT whose key the issuer had not when somebody made the registry ask is not refused: it may come again."""
+    slow.ready.set()
+    clock.now_s += AGAIN_S
+    assert await slow.keys.fitting("forged", "RS256") == []
+    slow.answer = jwks(jwk(rsa_key(), "r2"))
+    clock.now_s += 1
+    with pytest.raises(JWTNotChecked, match="try again in 14 s"):
+        await slow.keys.fitting("r2", "RS256")
+    clock.now_s += 14
+    assert len(await slow.keys.fitting("r2", "RS256")) == 1
+
+
+WITHOUT_KEYS: dict[str, bytes] = {
+    "none": b'{"keys": []}',
+    "its private part is published": jwks({**jwk(rsa_key(), "r1"), "d": "AQAB"}),
+    "only another algorithm": jwks(jwk(ec_key(), "r1", alg="ES256")),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KEYS)
+async def test_the_last_key_can_be_withdrawn(slow: SlowIssuer, clock: ManualClock, name: str) -> None:
+    """An issuer without usable keys is not one that can't be reached: its old key is refused, and the log says why."""
+    slow.answer = WITHOUT_KEYS[name]
+    slow.ready.set()
     clock.now_s += OLD_S + 1
-    issuer.site.hold.clear()
-    assert len(await keys.fitting("r1", "RS256")) == 1
-    issuer.site.hold.set()
-    assert keys._reading is not None
-    await keys._reading
-    assert issuer.site.asked == [CONFIGURATION, KEYS] * 2
+    with capture_logs() as logs:
+        assert await slow.keys.fitting("r1", "RS256") == []
+    assert "all JWTs are refused" in logs[-1]["event"]
+
+
+async def test_keys_are_read_again_before_callers_have_to_wait(slow: SlowIssuer, clock: ManualClock) -> None:
+    """From EARLY_S on, a read begins, and callers use the keys that they have."""
+    clock.now_s += EARLY_S + 1
+    assert len((await slow.call()).result()) == 1
+    slow.answer = b'{"keys": []}'
+    slow.ready.set()
+    assert slow.keys._reading is not None
+    await slow.keys._reading
+    assert await (await slow.call()) == []
+
+
+async def test_a_slow_issuer_withdraws_keys_in_time(slow: SlowIssuer, clock: ManualClock) -> None:
+    """If the keys are older than OLD_S, callers wait for the issuer's answer, so a withdrawn key is not used."""
+    clock.now_s += KEPT_S - 10
+    calls = [await slow.call(), await slow.call()]
+    assert not any(each.done() for each in calls)
+    slow.answer = b'{"keys": []}'
+    slow.ready.set()
+    assert await asyncio.gather(*calls) == [[], []]
+
+
+async def test_nobody_waits_for_an_issuer_that_has_just_failed(slow: SlowIssuer, clock: ManualClock) -> None:
+    """While an issuer does not answer, its keys are used at once; the next attempts are in the background."""
+    slow.answer = None
+    clock.now_s += OLD_S + 1
+    first = await slow.call()
+    slow.ready.set()
+    assert len(await first) == 1
+    slow.ready.clear()
+    clock.now_s += AGAIN_S
+    for _ in range(3):
+        assert len((await slow.call()).result()) == 1
+    assert slow.keys._reading is not None
+    assert not slow.keys._reading.done()
+    slow.ready.set()
+    await slow.keys._reading
+
+
+async def test_a_bounded_number_of_callers_waits(
+    slow: SlowIssuer, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above MAX_WAITING, a JWT with an unknown key is a 503 at once; a known key needs no wait."""
+    monkeypatch.setattr(issuer_keys, "MAX_WAITING", 3)
+    clock.now_s += AGAIN_S
+    waiting = [await slow.call(f"forged{number}") for number in range(3)]
+    for _ in range(2):
+        with pytest.raises(JWTNotChecked, match="too many callers wait"):
+            (await slow.call("forged")).result()
+    assert len((await slow.call()).result()) == 1
+    assert not any(each.done() for each in waiting)
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    waiting.append(await slow.call("forged"))
+    assert not waiting[-1].done(), "a caller that hangs up makes room"
+    slow.ready.set()
+    assert await asyncio.gather(*waiting[1:]) == [[]] * 3
 
 
 ODD: dict[str, tuple[tuple[str, bytes, int, tuple[bytes, bytes] | None], str]] = {
@@ -170,7 +285,6 @@ ODD: dict[str, tuple[tuple[str, bytes, int, tuple[bytes, bytes] | None], str]] =
     "a name twice": ((KEYS, b'{"keys": [], "keys": []}', 200, None), "occurs twice"),
     "no object": ((KEYS, b"[]", 200, None), "no JSON object"),
     "no list": ((KEYS, b'{"keys": {}}', 200, None), "no list"),
-    "no keys": ((KEYS, b'{"keys": []}', 200, None), "no key for RS256, ES256"),
     "too many keys": ((KEYS, jwks(*[{}] * (MAX_KEYS + 1)), 200, None), "100 are allowed"),
     "another issuer": ((CONFIGURATION, b'{"issuer": "https://evil.example"}', 200, None), "correct access.oidc.issuer"),
 }
@@ -204,7 +318,7 @@ async def test_a_configuration_names_no_other_host(issuer: Issuer) -> None:
 
 async def no_keys(issuer: Issuer, name: str | None, reason: str) -> None:
     """Check that the issuer gives no keys, for this reason."""
-    with capture_logs() as logs, pytest.raises(IssuerUnreachable):
+    with capture_logs() as logs, pytest.raises(JWTNotChecked):
         await keys_of(issuer.settings()).fitting("r1", "RS256")
     assert reason in logs[0]["reason"], name
 
@@ -252,6 +366,7 @@ async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None
     [
         ("jwks_file", None, "No such file"),
         ("jwks_file", "{}", "no list"),
+        ("jwks_file", '{"keys": []}', "no key for RS256, ES256"),
         ("jwks_file", " " * (MAX_BYTES + 1), "more than 256 KiB"),
         ("ca_file", None, "No such file"),
         ("ca_file", "no certificate", "needs certificates"),
@@ -272,7 +387,7 @@ async def test_any_failure_is_an_issuer_that_is_not_reached(clock: ManualClock) 
     async def read() -> Sequence[IssuerKey]:
         raise ImportError("socksio is missing")
 
-    with capture_logs() as logs, pytest.raises(IssuerUnreachable):
+    with capture_logs() as logs, pytest.raises(JWTNotChecked):
         await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
     assert logs[0]["reason"] == "ImportError: socksio is missing"
 
@@ -286,7 +401,7 @@ async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_p
         url = f"https://localhost:{port}/keys"
         assert len(await keys_of(settings(jwks_url=url, ca_file=str(ca_file))).fitting("r1", "RS256")) == 1
         for other in (None, certifi.where()):
-            with capture_logs() as logs, pytest.raises(IssuerUnreachable):
+            with capture_logs() as logs, pytest.raises(JWTNotChecked):
                 await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
             assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
     assert site.asked == ["/keys"]

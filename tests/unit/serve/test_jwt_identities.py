@@ -18,13 +18,14 @@ from jwt.algorithms import ECAlgorithm
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.serve import jwt_identities
+from deployments.serve import issuer_keys, jwt_identities
 from deployments.serve.identities import KeyGuard, TrustedClients, key_of, named, refused_key_id
-from deployments.serve.issuer_keys import IssuerKey, IssuerKeys, parse_keys
+from deployments.serve.issuer_keys import AGAIN_S, IssuerKey, IssuerKeys, parse_keys
 from deployments.serve.jwt_identities import MAX_JWT, JWTIdentities
 from registry.access_errors import JWTRefused
 from registry.oidc_settings import SigningAlgorithm
 from registry.store.rows import APIKey
+from tests.support.fake_counters import ManualClock
 from tests.support.oidc import (
     ISSUER,
     PrivateKey,
@@ -41,12 +42,12 @@ from tests.support.oidc import (
 )
 
 
-def identities(keys: bytes, **changes: Any) -> JWTIdentities:
-    """A check of JWTs by these keys (JWKS)."""
+def identities(keys: bytes | Callable[[], bytes], **changes: Any) -> JWTIdentities:
+    """A check of JWTs by these keys (JWKS), or by those that a function returns at each read."""
     found = settings(**changes)
 
     async def read() -> Sequence[IssuerKey]:
-        return parse_keys(keys, found.algorithms)
+        return parse_keys(keys if isinstance(keys, bytes) else keys(), found.algorithms)
 
     return JWTIdentities(found, IssuerKeys(found.issuer, read))
 
@@ -60,7 +61,7 @@ def usual() -> JWTIdentities:
 class Guarded:
     """A guard of keys with JWTs, around an app that says who called. The registry is never asked."""
 
-    def __init__(self, keys: bytes, *, wrong_a_minute: int | None = None, **changes: Any) -> None:
+    def __init__(self, keys: bytes | Callable[[], bytes], *, wrong_a_minute: int | None = None, **changes: Any) -> None:
         self.scopes: list[Scope] = []
 
         async def call(*_args: Any) -> None:
@@ -327,6 +328,25 @@ async def test_wrong_jwts_count_as_wrong_keys() -> None:
     assert [(await limited.get(wrong)).status_code for _ in range(5)] == [401] * 3 + [429] * 2
     assert (await limited.get(wrong)).json()["code"] == "too_many_wrong_keys"
     assert (await limited.get(signed())).status_code == 200
+
+
+async def test_a_new_key_is_no_guess_while_the_issuer_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A JWT whose key can't be looked up gets 503, however often it comes, and counts as no wrong key."""
+    keys, clock = [jwks()], ManualClock()
+    monkeypatch.setattr(issuer_keys, "monotonic", clock)
+    limited = Guarded(lambda: keys[-1], wrong_a_minute=1)
+    assert (await limited.get(signed())).status_code == 200
+    keys.clear()
+    clock.now_s += AGAIN_S
+    rotated = signed(key=rsa_key("new"), kid="r2")
+    for _ in range(3):
+        answer = await limited.get(rotated)
+        assert (answer.status_code, answer.json()["code"]) == (503, "jwt_not_checked")
+        assert (answer.json()["retryable"], answer.headers["retry-after"]) == (True, "15")
+    assert (await limited.get(signed(key=rsa_key("stranger")))).status_code == 401
+    keys.append(jwks(jwk(rsa_key("new"), "r2")))
+    clock.now_s += AGAIN_S
+    assert (await limited.get(rotated)).status_code == 200
 
 
 async def test_an_answer_names_the_kind_of_identity(guarded: Guarded) -> None:
