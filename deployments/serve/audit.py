@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.serve.browsers import READING
 from deployments.serve.client_address import client_of
 from deployments.serve.identities import key_of, refused_key_id
-from deployments.serve.jwt_identities import BETWEEN, MAX_SUBJECT
+from deployments.serve.jwt_identities import MAX_SUBJECT
 from registry.access_errors import TooManyWrongKeys
 from registry.background import spawn
 from registry.errors import InvalidField, RegistryError, UnknownRequest
@@ -32,7 +32,7 @@ from registry.service.audit import Refusals
 from registry.service.views import iso
 from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage, StoredAuditRow
 from registry.wire.schemas import MAX_AUDIT, MAX_ID, AuditEntry, AuditPage, TenantName
-from registry.wire.words import Role
+from registry.wire.words import JWT_MARK, Role
 
 SEND_EVERY_S = 60.0
 """How often refused calls are sent to the registry, seconds. So much is lost if this process ends."""
@@ -43,7 +43,7 @@ _CODE = re.compile(rb'\{"code":"([a-z0-9_]{1,64})"')
 # No secret that somebody puts in place of an id: an API key has 55 characters, a token of an older lease has 43, and
 # tokens of leases and of hubs have an underscore. An id has at most 39 (IPv6).
 _ID = re.compile(r"[A-Za-z0-9.:-]{1,40}")
-_KEY_ID = f"^([0-9a-f]{{8}}|https?://[!-~]{{1,255}}{BETWEEN}[ -~]{{1,{MAX_SUBJECT}}})$"
+_KEY_ID = f"^([0-9a-f]{{8}}|https?://[!-~]{{1,255}}{JWT_MARK}[ -~]{{1,{MAX_SUBJECT}}})$"
 _METHODS = READING | {"POST", "PUT", "PATCH", "DELETE"}
 _REFUSED = (401, 403)
 _ELSEWHERE = "/process_prompt"  # redirected to a lease: changes nothing here

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.error_answers import registry_error
 from deployments.serve.browsers import READING
 from deployments.serve.client_address import client_of, network_of, trusted_client_of
-from deployments.serve.jwt_identities import BETWEEN, JWTIdentities, is_like_jwt
+from deployments.serve.jwt_identities import JWTIdentities, is_like_jwt
 from deployments.serve.rates import per_minute
 from registry.access_errors import JWTRefused, KeyNeeded, KeyRefused, NotAllowed, OtherTenant, TooManyWrongKeys
 from registry.errors import RegistryError
@@ -29,7 +29,7 @@ from registry.networks import Network
 from registry.service.keys import EVERYTHING, Access, parse_key
 from registry.store.rows import APIKey
 from registry.wire.schemas import TenantName
-from registry.wire.words import Role
+from registry.wire.words import JWT_MARK, Role
 
 V = TypeVar("V")
 
@@ -272,8 +272,13 @@ def key_of(scope: Scope) -> APIKey | None:
 
 
 def named(key: APIKey) -> str:
-    """Return what an answer calls a key, which has an id: an API key, or the identity of a JWT."""
-    return f"the {'JWT of' if BETWEEN in key.key_id else 'API key'} {key.key_id}"
+    """Return what limits call a key, which has an id. JWTs of a tenant, or of another role, are one caller.
+
+    Users of an issuer may be able to choose their subjects, so a JWT's own limit would be none.
+    """
+    if JWT_MARK not in key.key_id:
+        return f"the API key {key.key_id}"
+    return f"the group of all JWTs {f'of the role {key.role}' if key.tenant is None else f'of tenant {key.tenant!r}'}"
 
 
 def refused_key_id(scope: Scope) -> str | None:

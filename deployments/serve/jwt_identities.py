@@ -17,19 +17,19 @@ from registry.oidc_settings import OIDCSettings
 from registry.store.rows import APIKey
 from registry.strict_yaml import STRICT_JSON
 from registry.wire.schemas import TenantName
-from registry.wire.words import KEY_PREFIX, Role
+from registry.wire.words import JWT_MARK, KEY_PREFIX, Role
 
 MAX_JWT = 8192
 """Longest JWT, bytes. It is not parsed if it is longer."""
+
+MAX_HEADER = 1024
+"""Longest header of a JWT, bytes in base64. It is all that is parsed before the signature is checked."""
 
 MAX_SUBJECT = 255
 """Longest `sub`, characters. Source: OpenID Connect Core 1.0, section 2."""
 
 LATEST_S = 253_402_300_799
 """The end of the year 9999, UTC seconds: the latest `exp`."""
-
-BETWEEN = "#"
-"""Between issuer and subject in the id of an identity: no issuer's URL contains it, and no id of an API key."""
 
 _FOREIGN_KEYS = ("jwk", "jku", "x5c", "x5u")
 _NOT_UNDERSTOOD = ("crit", "b64", "zip", "enc")
@@ -68,10 +68,13 @@ class JWTIdentities:
         """
         if len(text) > MAX_JWT:
             raise JWTRefused(f"it is longer than {MAX_JWT // 1024} KiB")
-        header, claims = (_object(part) for part in text.split(".")[:2])
-        key = await self._key(header)
+        header, claims_part, _ = text.split(".")
+        if len(header) > MAX_HEADER:
+            raise JWTRefused(f"its header is longer than {MAX_HEADER // 1024} KiB")
+        key = await self._key(_object(header))
         self._require_signed_for_us(text, key)
-        key_id = f"{self._settings.issuer}{BETWEEN}{_subject(claims)}"
+        claims = _object(claims_part)  # again, because PyJWT accepts names that occur twice, and infinity
+        key_id = f"{self._settings.issuer}{JWT_MARK}{_subject(claims)}"
         expires_s = _seconds(claims["exp"])
         if expires_s + self._settings.leeway_s <= time():
             raise JWTRefused("it has expired", key_id)

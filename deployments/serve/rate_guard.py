@@ -20,8 +20,9 @@ from registry.networks import Network
 class RateGuard:
     """An ASGI app around another one, which gets only as many calls of each caller as the settings allow.
 
-    A caller is a key, or the network that a call without one comes from. POSTs of requests are counted by tenant, if
-    the tenant is known by a key or by ``access.trusted_clients``. Must be inside the guard of keys, if there is one.
+    A caller is a key, a group of JWTs (see ``named``), or the network that a call without one comes from. POSTs of
+    requests are counted by tenant, if the tenant is known by a key or by ``access.trusted_clients``. Must be inside the
+    guard of keys, if there is one.
 
     ``keys``: whether the registry asks for API keys. If not, calls from a loopback address are not counted: these
     callers may end every request anyway. ``proxies``: see ``client_of``.

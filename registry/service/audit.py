@@ -22,9 +22,10 @@ from registry.networks import of_one_client
 from registry.service.loop import Loop
 from registry.store.rows import AuditFilter, AuditRow, StoredAuditPage
 from registry.store.store import Store
+from registry.wire.words import JWT_MARK
 
 ROWS = 20
-"""Most rows with path and source in a minute: of each key; and of callers without a valid key, see ``_bucket_of``."""
+"""Most rows with path and source in a minute, for each group of callers, such as a key: see ``_bucket_of``."""
 
 ROWS_OF_ONE = 5
 """Most of these rows from one network, so that a noisy caller does not hide the others; see ``of_one_client``."""
@@ -78,8 +79,9 @@ class Refusals:
 
     def _row_for(self, row: AuditRow) -> AuditRow:
         """Return the row to count in: this one, or the one of all calls with its outcome."""
-        # A valid key has a role. The id of a revoked key is left out, so that all of them share one row.
-        key_id = None if row.role is None else row.key_id
+        # A valid key has a role. The ids of revoked keys are left out, so that all of them share one row; those of JWTs
+        # are left out, too, because users of an issuer may be able to choose them.
+        key_id = None if row.role is None or _issuer(row) else row.key_id
         outcome = replace(row, method="", path=None, source=None, subject=None, key_id=key_id)
         if row in self._counts or row == outcome:
             return row
@@ -94,14 +96,22 @@ class Refusals:
 def _bucket_of(row: AuditRow) -> tuple[str | None, str | None]:
     """Return whose rows are bounded together.
 
-    A key's, or a trusted client's, are its own. There are three more: of wrong keys and JWTs; of revoked and expired
+    A key's, or a trusted client's, are its own. Those of a tenant's JWTs are together, and so are those of each other
+    role's. There are three more: of wrong keys and JWTs; of revoked and expired
     keys, and refused JWTs that the issuer signed for this registry; of calls whose key is missing or was not looked at.
     """
     if row.role is not None:
-        return row.key_id, row.tenant
+        issuer = _issuer(row)
+        return f"{issuer}{JWT_MARK}{row.role}" if issuer else row.key_id, row.tenant
     if row.code not in (KeyRefused.code, JWTRefused.code):
         return None, None
     return KeyRefused.code, "known" if row.key_id else None
+
+
+def _issuer(row: AuditRow) -> str:
+    """Return the issuer of a caller's JWT; empty if the caller has none."""
+    issuer, mark, _ = (row.key_id or "").partition(JWT_MARK)
+    return issuer if mark else ""
 
 
 class Audit:

@@ -71,6 +71,9 @@ POOLING_TYPES = frozenset(
 KEY_PREFIX = "gp_"
 """How every API key begins, so that people and secret scanners recognise one. Its id follows, and then its secret."""
 
+JWT_MARK = "#"
+"""Between issuer and subject in the id of an identity by JWT: no issuer's URL contains it, and no id of an API key."""
+
 
 def canonical_json(value: Mapping[str, object]) -> str:
     """Return a JSON object as text with sorted keys and no spaces. Equal objects give equal text."""

@@ -44,6 +44,10 @@ NOISE = {
     "web pages": [replace(ROW, status=403, code="cross_origin", source=f"10.0.0.{number}") for number in range(1000)],
     "a key": [replace(ROW, status=404, key_id="1", role=OPERATOR, subject=str(number)) for number in range(1000)],
     "a trusted client": [replace(ROW, status=404, role=CLIENT, tenant="a", subject=str(n)) for n in range(1000)],
+    "a tenant's JWTs": [
+        replace(ROW, status=403, key_id=f"https://i#{n}", role=CLIENT, tenant="a") for n in range(1000)
+    ],
+    "operators' JWTs": [replace(ROW, status=404, key_id=f"https://i#{n}", role=OPERATOR) for n in range(1000)],
 }
 DRAIN = replace(ROW, method="POST", path="/machines/{machine_id}/drain", status=403, code="not_allowed", subject="a")
 SEEN = {
@@ -52,6 +56,8 @@ SEEN = {
     "no keys": replace(ROW, source="192.0.2.1", code="key_needed"),
     "a key": replace(DRAIN, key_id="2", role=CLIENT, tenant="a"),
     "a trusted client": replace(DRAIN, role=CLIENT, tenant="b"),
+    "another tenant's JWTs": replace(DRAIN, key_id="https://i#ann", role=CLIENT, tenant="b"),
+    "viewers' JWTs": replace(DRAIN, key_id="https://i#ann", role=Role.VIEWER),
 }
 
 

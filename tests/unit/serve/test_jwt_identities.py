@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, get_args
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from deployments.serve import issuer_keys, jwt_identities
 from deployments.serve.identities import KeyGuard, TrustedClients, key_of, named, refused_key_id
 from deployments.serve.issuer_keys import AGAIN_S, IssuerKey, IssuerKeys, parse_keys
-from deployments.serve.jwt_identities import MAX_JWT, JWTIdentities
+from deployments.serve.jwt_identities import MAX_HEADER, MAX_JWT, JWTIdentities
 from registry.access_errors import JWTRefused
 from registry.oidc_settings import SigningAlgorithm
 from registry.store.rows import APIKey
@@ -149,6 +150,12 @@ def _with_claims(**changes: Any) -> Callable[[], str]:
     return lambda: signed(claims(**changes))
 
 
+def signed_text(claims_text: bytes, **headers: Any) -> str:
+    """A JWT of the issuer with these claims, whatever they are."""
+    text = f"{part({'alg': 'ES256', 'kid': 'e1', **headers})}.{part(claims_text)}"
+    return f"{text}.{part(ECAlgorithm(SHA256).sign(text.encode(), ec_key()))}"
+
+
 _NO_ROLE = "its claim groups gives no role"
 _TENANT = "its claim tenant (access.oidc.tenant_claim) is no name of a tenant"
 ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
@@ -187,9 +194,11 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "empty parts": (lambda: "..", "no valid JWT"),
     "not ASCII": (lambda: "ä.ö.ü", "no valid JWT"),
     "header no object": (lambda: unsigned([1]), "no valid JWT"),
-    "claims no object": (lambda: f"{part({'alg': 'RS256'})}.{part('x')}.AAAA", "no valid JWT"),
-    "deep JSON": (lambda: unsigned(b"[" * 5000), "no valid JWT"),
-    "a long number": (lambda: unsigned(b"[" + b"9" * 5000 + b"]"), "no valid JWT"),
+    "claims no object": (lambda: signed_text(b'"x"'), "no valid JWT"),
+    "long header": (lambda: unsigned({"alg": "RS256", "x": "x" * MAX_HEADER}), "header is longer than 1 KiB"),
+    "deep JSON": (lambda: signed_text(b"[" * 4000), "no valid JWT"),
+    "a long number": (lambda: signed_text(b'{"iss":' + b"9" * 5000 + b"}"), "no valid JWT"),
+    "a claim twice": (lambda: signed_text(b'{"iss":"x",' + json.dumps(claims())[1:].encode()), "no valid JWT"),
     "a name twice": (lambda: unsigned(b'{"alg":"none","alg":"RS256"}'), "no valid JWT"),
     "base64 with characters in between": (lambda: "!" + signed(), "no valid JWT"),
     # the claims
@@ -207,6 +216,8 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "exp too late": (_with_claims(exp=10**400), "exp is no time"),
     "exp before 1970": (_with_claims(exp=-(10**400)), "exp is no time"),
     "exp without end": (_with_claims(exp=1e400), "no valid JWT"),
+    "iat without end": (_with_claims(iat=1e400), "iat is no time"),
+    "nbf without end": (_with_claims(nbf=1e400), "no valid JWT"),
     "nbf in the future": (lambda: signed(at(nbf=600)), "not valid yet"),
     "iat in the future": (lambda: signed(at(iat=600)), "not valid yet"),
     "no iat": (_with_claims(iat=None), "no claim iat"),
@@ -256,17 +267,27 @@ NAMES = st.sampled_from(
 @given(given_claims=st.dictionaries(NAMES, JSON, max_size=3), headers=st.dictionaries(NAMES, JSON, max_size=2))
 def test_no_jwt_is_an_unexpected_error(given_claims: dict[str, Any], headers: dict[str, Any]) -> None:
     """Whatever the issuer signs, and whatever a header says: the result is an identity, or a refusal."""
-    text = f"{part({'alg': 'ES256', 'kid': 'e1', **headers})}.{part({**claims(), **given_claims})}"
-    signature = ECAlgorithm(SHA256).sign(text.encode(), ec_key())
+    text = signed_text(json.dumps({**claims(), **given_claims}).encode(), **headers)
 
     async def check() -> APIKey | None:
         try:
-            return await usual().identity(f"{text}.{part(signature)}")
+            return await usual().identity(text)
         except JWTRefused:
             return None
 
     key = asyncio.run(check())
     assert key is None or (key.key_id.startswith(f"{ISSUER}#") and key.tenant is not None)
+
+
+async def test_claims_are_read_after_the_signature_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stranger puts there costs no work: of a forged JWT only the header is parsed."""
+    parsed: list[str] = []
+    check = jwt_identities._object
+    monkeypatch.setattr(jwt_identities, "_object", lambda text: parsed.append(text) or check(text))
+    forged = signed(claims(more=[{}] * 1_500), key=rsa_key("stranger"))
+    with pytest.raises(JWTRefused, match="signature is wrong"):
+        await usual().identity(forged)
+    assert parsed == [forged.partition(".")[0]]
 
 
 async def test_two_headers_are_refused(guarded: Guarded) -> None:
@@ -349,9 +370,15 @@ async def test_a_new_key_is_no_guess_while_the_issuer_is_down(monkeypatch: pytes
     assert (await limited.get(rotated)).status_code == 200
 
 
-async def test_an_answer_names_the_kind_of_identity(guarded: Guarded) -> None:
-    """Limits of calls are named after the API key, or after issuer and subject."""
-    await guarded.get(signed())
-    key = key_of(guarded.scopes[-1])
-    assert key is not None
-    assert named(key) == f"the JWT of {ISSUER}#ann"
+async def test_limits_are_for_groups_of_jwts(guarded: Guarded) -> None:
+    """Users may be able to choose `sub`, so the JWTs of a tenant, or of another role, have one limit together."""
+
+    async def name(**changes: Any) -> str:
+        await guarded.get(signed(claims(**changes)))
+        key = key_of(guarded.scopes[-1])
+        assert key is not None
+        return named(key)
+
+    assert {await name(sub=f"repo:a:ref:{number}") for number in range(3)} == {"the group of all JWTs of tenant 'lab'"}
+    assert await name(tenant="rivals") == "the group of all JWTs of tenant 'rivals'"
+    assert await name(groups=["guests"]) == "the group of all JWTs of the role viewer"
