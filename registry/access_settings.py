@@ -51,9 +51,9 @@ class RateSettings(Section):
     calls_per_second: int | None = Field(
         500,
         ge=1,
-        description="Most calls in a second with one API key; of callers without one, from one address (of IPv6, from "
-        "one /64). Not counted: releases, keep-alives, and without `access.keys` calls from a loopback address. "
-        "null: no limit",
+        description="Most calls in a second with one API key; with the JWTs of one tenant, of all viewers, or of all "
+        "operators, together; without a key or JWT, from one address (of IPv6, from one /64). Not counted: releases, "
+        "keep-alives, and without `access.keys` calls from a loopback address. null: no limit",
     )
     posts_per_minute: int | None = Field(
         300,

@@ -29,7 +29,10 @@ class OIDCSettings(Section):
     """An OpenID Connect issuer whose JWTs identify callers, besides API keys. Each JWT gives one role."""
 
     issuer: _Text = Field(description="URL of the issuer, exactly as in the claim `iss` of its JWTs")
-    audience: _Text = Field(description="What the claim `aud` of a JWT must be or contain: the name of this registry")
+    audience: _Text = Field(
+        description="What the claim `aud` of a JWT must be or contain: a name that only this registry has. It must not "
+        "be the id of a client with which people log in elsewhere"
+    )
     algorithms: tuple[SigningAlgorithm, ...] = Field(
         ("RS256", "ES256"), min_length=1, description="Algorithms with which a JWT may be signed"
     )
@@ -39,7 +42,9 @@ class OIDCSettings(Section):
         "`/.well-known/openid-configuration` names, which must be on the issuer's host",
     )
     jwks_file: Path | None = Field(
-        None, description="File with the issuer's public keys (JWKS), in place of a URL; read again every 10 minutes"
+        None,
+        description="File with the issuer's public keys (JWKS), in place of a URL; read again every 5 to 10 minutes. "
+        "Other users must not be able to write to it",
     )
     ca_file: Path | None = Field(
         None, description="File (PEM) of the only CA to trust for the issuer's certificate; null: the usual ones"
@@ -75,6 +80,9 @@ class OIDCSettings(Section):
     def _is_issuer(cls, url: str) -> str:
         if "?" in url or "#" in url:  # OpenID Connect Core 1.0, section 2
             raise ValueError("an issuer's URL has no query and no fragment (? or #)")
+        scheme, host = url.split("/")[0:3:2]
+        if f"{scheme}{host}" != f"{scheme}{host}".lower():
+            raise ValueError("an issuer's URL has its scheme and host in lower case")
         return url
 
     @field_validator("jwks_file", "ca_file")

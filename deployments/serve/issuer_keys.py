@@ -9,7 +9,9 @@ AGAIN_S seconds. Until then, nobody knows whether the issuer has such a key now:
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
+import stat
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -221,16 +223,13 @@ class _Website:
 
     def __init__(self, settings: OIDCSettings) -> None:
         self._settings = settings
-        self._trust: ssl.SSLContext | None = None
 
     async def keys(self) -> Sequence[IssuerKey]:
         """Return the issuer's keys. Raises UnusableKeys, httpx.HTTPError, OSError, and errors of a proxy's URL."""
         settings = self._settings
         place = httpx.URL(settings.jwks_url or settings.issuer)
-        if self._trust is None:
-            self._trust = await asyncio.to_thread(_trust, place, settings.ca_file)
         async with httpx.AsyncClient(
-            verify=self._trust,
+            verify=await asyncio.to_thread(_trust, place, settings.ca_file),  # at each read: the CA's file may change
             timeout=READ_S,
             trust_env=not is_loopback(place.host),
             follow_redirects=False,
@@ -277,8 +276,10 @@ async def _read(http: httpx.AsyncClient, url: str) -> bytes:
 
 
 def _contents(file: Path) -> bytes:
-    """Return what a file contains. Raises OSError; UnusableKeys if it is too long."""
+    """Return what a file contains. Raises OSError; UnusableKeys if it is too long, or if any user can change it."""
     with file.open("rb") as opened:
+        if os.fstat(opened.fileno()).st_mode & stat.S_IWOTH:
+            raise UnusableKeys("every user of this machine can write to it; run `chmod o-w` on it")
         text = opened.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise UnusableKeys(f"it has more than {MAX_BYTES // 1024} KiB")

@@ -75,6 +75,8 @@ class JWTIdentities:
         self._require_signed_for_us(text, key)
         claims = _object(claims_part)  # again, because PyJWT accepts names that occur twice, and infinity
         key_id = f"{self._settings.issuer}{JWT_MARK}{_subject(claims)}"
+        if "cnf" in claims:  # RFC 7800: whoever sends it must prove that it is theirs, which is not checked here
+            raise JWTRefused("it is bound to a key of its owner (claim cnf); turn off DPoP or mTLS for it", key_id)
         expires_s = _seconds(claims["exp"])
         if expires_s + self._settings.leeway_s <= time():
             raise JWTRefused("it has expired", key_id)

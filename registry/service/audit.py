@@ -97,8 +97,8 @@ def _bucket_of(row: AuditRow) -> tuple[str | None, str | None]:
     """Return whose rows are bounded together.
 
     A key's, or a trusted client's, are its own. Those of a tenant's JWTs are together, and so are those of each other
-    role's. There are three more: of wrong keys and JWTs; of revoked and expired
-    keys, and refused JWTs that the issuer signed for this registry; of calls whose key is missing or was not looked at.
+    role's. There are three more: of wrong keys and JWTs; of revoked and expired keys, and refused JWTs that the issuer
+    signed for this registry; of calls whose key is missing or was not looked at.
     """
     if row.role is not None:
         issuer = _issuer(row)

@@ -33,7 +33,15 @@ def test_an_issuer_needs_keys() -> None:
 
 
 @pytest.mark.parametrize(
-    "issuer", [ISSUER, "https://idp.example:8443", "http://127.0.0.1:9000/a", "http://localhost/", "http://[::1]:1"]
+    "issuer",
+    [
+        ISSUER,
+        "https://idp.example:8443",
+        "https://idp.example/Realms/Lab",
+        "http://127.0.0.1:9000/a",
+        "http://localhost/",
+        "http://[::1]:1",
+    ],
 )
 def test_issuers(issuer: str) -> None:
     """An issuer is https; only one on this machine may be http. Its URL is kept as it is written."""
@@ -51,6 +59,8 @@ def test_issuers(issuer: str) -> None:
         ({"issuer": "https://ann@idp.example"}, "no user name"),
         ({"issuer": "https://idp.example?realm=lab"}, "no query"),
         ({"issuer": "https://idp.example/#lab"}, "no fragment"),
+        ({"issuer": "HTTPS://idp.example"}, "lower case"),
+        ({"issuer": "https://IdP.example/Realms"}, "lower case"),
         ({"issuer": "https://idp.example/a b"}, "must escape"),
         ({"issuer": "https://ïdp.example"}, "must escape"),
         ({"issuer": "https://idp.example:0"}, "port 0"),

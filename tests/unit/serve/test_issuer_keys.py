@@ -381,6 +381,18 @@ def test_a_start_needs_the_files(tmp_path: Path, field: str, text: str | None, p
         issuer_keys.require_files(settings(**{field: str(file)}))
 
 
+async def test_a_file_that_every_user_can_change_is_not_used(clock: ManualClock, tmp_path: Path) -> None:
+    """Who can change the keys can sign JWTs of an operator. The error is one of `up`, and of each read."""
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks())
+    file.chmod(0o666)
+    changed = settings(jwks_file=str(file))
+    with pytest.raises(BadSettings, match=r"every user of this machine can write to it; run `chmod o-w`"):
+        issuer_keys.require_files(changed)
+    with pytest.raises(JWTNotChecked):
+        await keys_of(changed).fitting("r1", "RS256")
+
+
 async def test_any_failure_is_an_issuer_that_is_not_reached(clock: ManualClock) -> None:
     """An error of a library, for instance of a proxy's URL, does not end the ingress's background task."""
 
@@ -404,4 +416,12 @@ async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_p
             with capture_logs() as logs, pytest.raises(JWTNotChecked):
                 await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
             assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
-    assert site.asked == ["/keys"]
+        changing = tmp_path / "changing.crt"
+        changing.write_text(certifi.contents())
+        keys = keys_of(settings(jwks_url=url, ca_file=str(changing)))
+        with pytest.raises(JWTNotChecked):
+            await keys.fitting("r1", "RS256")
+        changing.write_bytes(ca_file.read_bytes())
+        clock.now_s += AGAIN_S
+        assert len(await keys.fitting("r1", "RS256")) == 1, "the file was read again"
+    assert site.asked == ["/keys"] * 2

@@ -226,6 +226,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "sub with a line break": (_with_claims(sub="ann\nroot"), "claim sub"),
     "sub not ASCII": (_with_claims(sub="änn"), "claim sub"),
     "long sub": (_with_claims(sub="x" * 256), "claim sub"),
+    "bound to a key": (_with_claims(cnf={"jkt": "abc"}), "claim cnf"),
     "no role": (_with_claims(groups=None), _NO_ROLE),
     "unknown role": (_with_claims(groups=["staff"]), _NO_ROLE),
     "role as an object": (_with_claims(groups={"llm-users": True}), _NO_ROLE),
@@ -238,7 +239,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "tenant as a list": (_with_claims(tenant=["lab"]), _TENANT),
     "long tenant": (_with_claims(tenant="x" * 65), _TENANT),
 }
-SIGNED_FOR_US = {"expired", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
+SIGNED_FOR_US = {"expired", "bound to a key", *list(ATTACKS)[list(ATTACKS).index("no role") :]}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -283,7 +284,12 @@ async def test_claims_are_read_after_the_signature_was_checked(monkeypatch: pyte
     """What a stranger puts there costs no work: of a forged JWT only the header is parsed."""
     parsed: list[str] = []
     check = jwt_identities._object
-    monkeypatch.setattr(jwt_identities, "_object", lambda text: parsed.append(text) or check(text))
+
+    def noting(text: str) -> dict[str, Any]:
+        parsed.append(text)
+        return check(text)
+
+    monkeypatch.setattr(jwt_identities, "_object", noting)
     forged = signed(claims(more=[{}] * 1_500), key=rsa_key("stranger"))
     with pytest.raises(JWTRefused, match="signature is wrong"):
         await usual().identity(forged)
