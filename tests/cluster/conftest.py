@@ -13,15 +13,22 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 import yaml
 
-from deployments.launch.local_ray import free_ports
+from deployments.launch.local_ray import ACCESS_FILE, HAPROXY_FOLDER, free_ports
 from deployments.machine import process_tree
+from deployments.machine.cluster_token import proxy_secret
+from deployments.machine.worker_environment import FILE_NAME
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
+from registry.settings import OPERATOR_KEY
+from registry.wire.lease_token import LEASE_TOKEN as TOKEN_PREFIX
+from registry.wire.lease_token import split_url
+from tests.support.secret_search import API_KEY, LEASE_TOKEN, SecretSearch
 
 UP_LIMIT_S = 240
 DOWN_LIMIT_S = 150
@@ -42,6 +49,24 @@ class Registry:
     url: str
     folder: Path
     posted: list[str] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    """The ids of all requests whose status was read."""
+    secrets: dict[str, set[str]] = field(default_factory=dict)
+    """The secrets of this registry that the tests know, by kind. See `search_for_secrets`."""
+
+    def note_secret(self, kind: str, value: str) -> None:
+        """Remember a secret that must be seen nowhere."""
+        self.secrets.setdefault(kind, set()).add(value)
+
+    def note_lease(self, url: str) -> None:
+        """Remember the token of a lease."""
+        token = split_url(url)[1]
+        assert token is not None
+        self.note_secret(LEASE_TOKEN, token.removeprefix(TOKEN_PREFIX))
+
+    def note_key(self, key: str) -> None:
+        """Remember an API key, of which all but the id is secret."""
+        self.note_secret(API_KEY, key.split("_", 2)[2])
 
     def post(
         self, measurement_id: int, *llms: dict[str, Any], tenant: str = "default", priority: str = "normal"
@@ -60,6 +85,9 @@ class Registry:
         answer = httpx.get(f"{self.url}/promptingservice/request/{request_id}", params=query, timeout=120)
         assert answer.status_code == 200, answer.text
         state: dict[str, Any] = answer.json()
+        self.asked.add(request_id)
+        if state["url"] is not None:
+            self.note_lease(state["url"])
         return state
 
     def until(self, request_id: str, *statuses: str, limit_s: float = DEPLOY_LIMIT_S) -> dict[str, Any]:
@@ -188,6 +216,73 @@ def stop(registry: Registry) -> None:
         raise
 
 
+STATE_API = ("actors", "jobs", "nodes", "objects", "placement_groups", "runtime_envs", "tasks", "workers")
+"""What Ray's state API lists."""
+
+PAGES = ("/", "/healthz", "/machines", "/llms", "/audit", "/openapi.json")
+"""What the registry shows, besides the events of requests."""
+
+
+PROXY_SECRET = "secret of HAProxy"
+"""The kind of secret with which replicas know the cluster's HAProxy."""
+
+HAPROXY_FILES = ("changes.sed", "haproxy.cfg")
+"""Files of HAProxy that have it."""
+
+
+def files_with_secrets(registry: Registry) -> dict[Path, set[str]]:
+    """The only files with secrets, and the kinds that each has; only their owner can read them."""
+    state = registry.folder / "state"
+    return {
+        state / ACCESS_FILE: {ACCESS_FILE},  # Ray's processes read its token there
+        state / FILE_NAME: set(SECRETS),  # wrappers and the ingress load them from there
+        state / OPERATOR_KEY: {API_KEY},  # the operator takes the first key from there
+    }
+
+
+def search_for_secrets(registry: Registry, headers: dict[str, str] | None = None) -> SecretSearch:
+    """Look for each secret of a running registry wherever others may see it; see "Local users" in SECURITY.md.
+
+    ``headers``: with a key, if the registry asks for one.
+    """
+    record = json.loads((registry.folder / "state" / "up.json").read_text())
+    token = (registry.folder / "state" / ACCESS_FILE).read_text()
+    proxy = proxy_secret(registry.folder / "state" / ACCESS_FILE)
+    search = SecretSearch({**registry.secrets, ACCESS_FILE: {token}, PROXY_SECRET: {proxy}})
+    search.look_at_files(registry.folder, files_with_secrets(registry))
+    folder = Path(record["folder"])
+    of_haproxy = [path for path in (folder / HAPROXY_FOLDER).rglob("*") if path.name in HAPROXY_FILES]
+    search.look_at_files(folder, {path: {PROXY_SECRET} for path in of_haproxy})
+    processes = registry.processes()
+    # The operator's shell gave them to `up` and its fork, which starts Ray; engines inherit them from the wrapper.
+    (fork,) = processes[0].children()
+    with_secrets = [processes[0], fork, *registry.replica().children(recursive=True)]
+    search.look_at_processes(processes, {each.pid: set(SECRETS) for each in with_secrets})
+    search.look_as_other_user()
+    named = ("ray::DashboardAgent", "dashboard.py", "haproxy")
+    search.look_at_metrics(each for each in processes if any(name in " ".join(_cmdline(each)) for name in named))
+    with httpx.Client(base_url=registry.url, headers=headers, timeout=60) as client:
+        events = (f"/promptingservice/request/{request_id}/events" for request_id in sorted(registry.asked))
+        search.look_at_answers(client, [*PAGES, *events])
+    dashboard = {"Authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=record["dashboard"], headers=dashboard, timeout=60, trust_env=False) as client:
+        lists = (f"/api/v0/{name}?detail=1" for name in STATE_API)
+        search.look_at_answers(client, [*lists, "/api/serve/applications/"])
+    assert {"gcs_server", "raylet", "haproxy"} <= {process.name() for process in processes}
+    assert {"file", "environ", "other user", "metrics", "answer"} <= search.looked_at.keys()
+    return search
+
+
+def stop_and_search(registry: Registry, headers: dict[str, str] | None = None) -> None:
+    """Stop a registry, and fail if a secret of it was seen before, or is in a file that is left."""
+    try:
+        search = search_for_secrets(registry, headers)
+    finally:
+        stop(registry)
+    search.look_at_files(registry.folder, files_with_secrets(registry))
+    assert search.found == []
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two tiny LLMs in ``llms/a`` and ``llms/b``."""
@@ -207,8 +302,10 @@ def running(workspace: Path) -> Iterator[Registry]:
         watch={"period_s": 0.25},
         energy={"settle_max_s": 20},  # the machine of a test is hardly ever at rest; to see rest takes 5.5 s
     )
+    for name, value in SECRETS.items():
+        registry.note_secret(name, urlsplit(value).password or value)
     yield registry
-    stop(registry)
+    stop_and_search(registry)
 
 
 @pytest.fixture

@@ -19,10 +19,12 @@ import pytest
 from deployments.serve.jwt_identities import MAX_JWT
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
-from tests.cluster.conftest import REPOSITORY, Registry, start, stop
+from registry.settings import OPERATOR_KEY
+from tests.cluster.conftest import REPOSITORY, Registry, start, stop_and_search
 from tests.support import oidc
 from tests.support.app_server import served_in_thread
 from tests.support.prompting_service_client import prompt_url
+from tests.support.secret_search import JWT
 
 pytestmark = pytest.mark.cluster
 
@@ -49,8 +51,9 @@ def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path, issuer: st
     accepted = oidc.settings(issuer=issuer).model_dump(mode="json", exclude_unset=True)
     access = {"keys": True, "trusted_clients": {"127.0.0.7": "old", "192.0.2.7": "old"}, "oidc": accepted}
     registry = start(folder, access=access, models={"local_roots": [str(workspace / "llms")]})
+    registry.note_key((folder / "state" / OPERATOR_KEY).read_text())
     yield registry
-    stop(registry)
+    stop_and_search(registry, {"Authorization": f"Bearer {new_key(registry, '--role', 'operator')}"})
 
 
 def greenprompt(registry: Registry, *words: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -67,8 +70,10 @@ def new_key(registry: Registry, *options: str) -> str:
     file = str(registry.folder / "state" / "operator.key")
     made = greenprompt(registry, "keys", "create", "--key-file", file, *options)
     assert made.returncode == 0, made.stderr
-    assert KEY.fullmatch(made.stdout.strip())
-    return made.stdout.strip()
+    key = made.stdout.strip()
+    assert KEY.fullmatch(key)
+    registry.note_key(key)
+    return key
 
 
 def test_a_lease_is_its_tenants_alone(closed: Registry, llm: LLM) -> None:
@@ -81,6 +86,8 @@ def test_a_lease_is_its_tenants_alone(closed: Registry, llm: LLM) -> None:
     with RegistryClient(closed.url, api_key=ours) as client:
         (request_id,) = client.request(1, [llm("a")])
         with client.lease(request_id, timeout_s=300) as lease:
+            closed.asked.add(request_id)
+            closed.note_lease(lease.url)
             assert lease.prompt("What is a grid?")["usage"]["completion_tokens"] > 0
             assert "Authorization" not in lease._http.headers
             link = f"{closed.url}/promptingservice/request/{request_id}"
@@ -128,6 +135,7 @@ def test_the_operators_commands(closed: Registry) -> None:
 def test_commands_take_a_jwt(closed: Registry, issuer: str) -> None:
     """It is given like a key, and may have 8 KiB; one of another issuer is refused."""
     long = oidc.signed(oidc.claims(iss=issuer, groups=["llm-admins"], more="x" * 5_600))
+    closed.note_secret(JWT, long.rpartition(".")[2])
     assert 8_000 < len(long) <= MAX_JWT
     assert greenprompt(closed, "status", key=long).returncode == 0
     assert _refusal(closed, oidc.signed(), within_s=5) == "jwt_refused"
