@@ -105,7 +105,7 @@ async def test_an_issuer_that_never_answered_is_not_hammered(issuer: Issuer, clo
     for _ in range(20):
         with pytest.raises(JWTNotChecked, match=r"try again in 15 s") as caught:
             await keys.fitting("r1", "RS256")
-    assert (caught.value.http_status, caught.value.retryable) == (503, True)
+        assert (caught.value.http_status, caught.value.retryable) == (503, True)
     assert issuer.site.asked == [CONFIGURATION, KEYS]
     clock.now_s += AGAIN_S
     issuer.site.serve(KEYS, jwks())
