@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import time
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -88,7 +87,9 @@ def test_a_neighbour_needs_a_key(cluster: Cluster) -> None:
     for place in places:
         direct = f"http://{place.replace('127.0.0.1', cluster.head.address)}"
         header = "-H 'X-GreenPrompt-Proxy: 0'"
-        urls = f"{direct}/machines {direct}{urlsplit(lease).path}/get_status"
+        # Each replica has one of these paths; for the others Serve itself answers that they do not exist.
+        wrappers = [f"/wrappers/{cluster.net.host(name).address}-0/x/get_status" for name in cluster.workers]
+        urls = " ".join(f"{direct}{own}" for own in ("/machines", *wrappers))
         assert "not_through_proxy" in neighbour.run(f"curl -s {header} {urls}"), place
     for name in ("head", "w1", "w2"):
         through = lease.replace(cluster.head.address, cluster.net.host(name).address)

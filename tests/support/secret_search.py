@@ -25,7 +25,7 @@ LEASE_TOKEN = "token of a lease"
 SHAPES = {
     API_KEY: re.compile(rb"gp_[0-9a-f]{8}_[\w-]{43}"),
     JWT: re.compile(rb"eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"),
-    LEASE_TOKEN: re.compile(rb"lease_[\w-]{43}"),
+    LEASE_TOKEN: re.compile(rb"(?<![A-Za-z])lease_[\w-]{43}(?![\w-])"),  # not the end of an operationId: release_…
 }
 """How secrets look that a test need not know, because a program made or got them."""
 

@@ -120,3 +120,8 @@ def test_answers_and_their_headers_are_looked_at() -> None:
         with pytest.raises(AssertionError, match="404"):
             looking.look_at_answers(client, ["/none"])
     assert looking.found == ["planted: GET /body", "planted: GET /head"]
+
+
+def test_a_long_name_is_no_token() -> None:
+    """The operationIds of the OpenAPI document are long enough, and one of them ends like a token of a lease."""
+    assert SecretSearch({}).kinds_in(b"release_request_promptingservice_request__request_id__delete") == set()
