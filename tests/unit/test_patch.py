@@ -80,8 +80,9 @@ def test_the_first_problem_says_what_the_patch_is_for(monkeypatch: pytest.Monkey
 
 
 def test_python_and_ray_are_as_they_must_be() -> None:
-    """The installed Python and Ray pass their guards; for vLLM the tests of the engine say so."""
-    assert first_problem((*PYTHON, *HAPROXY, *RAY)) is None
+    """The installed Python and Ray pass their guards; for vLLM, which brings pyzmq, the tests of the engine say so."""
+    python = [patch for patch in PYTHON if patch.library != "pyzmq"]
+    assert first_problem((*python, *HAPROXY, *RAY)) is None
 
 
 LINES = [guard for patch in HAPROXY for guard in patch.guards if isinstance(guard, HasLine)]
