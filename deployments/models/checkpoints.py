@@ -191,8 +191,9 @@ def read_hub(model: str, revision: str | None) -> Checkpoint | None:
 
 
 def _local_header(folder: Path, file: str) -> Header:
-    require_regular(folder / file)
-    return file, parse_local_safetensors_file_metadata(folder / file)
+    path = folder / file
+    require_regular(path.name, path.stat())
+    return file, parse_local_safetensors_file_metadata(path)
 
 
 def _at_once(header: Callable[[str], Header], files: Sequence[str]) -> Iterator[Header]:

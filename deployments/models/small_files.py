@@ -43,10 +43,10 @@ class NotAFile(OSError):
 
 
 # D127: named pipes and devices are never read, because a read of them may not end
-def require_regular(file: Path) -> None:
-    """Raise NotAFile if this is no regular file, or FileNotFoundError or another OSError. Follows links."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise NotAFile(file.name)
+def require_regular(name: str, found: os.stat_result) -> None:
+    """Raise NotAFile if what was found under this name is no regular file."""
+    if not stat.S_ISREG(found.st_mode):
+        raise NotAFile(name)
 
 
 def read_small(file: Path, most_bytes: int) -> bytes:
@@ -60,8 +60,7 @@ def read_small(file: Path, most_bytes: int) -> bytes:
     # Without O_NONBLOCK, opening a named pipe would wait for a writer.
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:  # noqa: PTH123
         found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise NotAFile(file.name)
+        require_regular(file.name, found)
         require_small(file.name, found.st_size, most_bytes)
         content = opened.read(most_bytes + 1)  # it may have grown
     require_small(file.name, len(content), most_bytes)

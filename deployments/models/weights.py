@@ -45,11 +45,11 @@ def weights_of(model: str, load_format: str = "auto") -> Weights | None:
     """
     folder = Path(model)
     with suppress(OSError):  # e.g. a broken link: the engine reports such problems
-        found = sorted(weight_files([file.name for file in folder.iterdir()], load_format))
-        files = [folder / name for name in _in_index(folder, found, load_format)]
+        names = sorted(weight_files([file.name for file in folder.iterdir()], load_format))
+        files = [folder / name for name in _in_index(folder, names, load_format)]
         stats = [(file, file.stat()) for file in files]
-        for file in files:
-            require_regular(file)  # a read of a named pipe or a device may not end
+        for file, found in stats:
+            require_regular(file.name, found)  # a read of a named pipe or a device may not end
         return Weights(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) if files else None
     return None
 
