@@ -96,3 +96,14 @@ def _no_number(name: str) -> None:
 # D100: a key that occurs twice is refused
 STRICT_JSON: Final = json.JSONDecoder(object_pairs_hook=_each_once, parse_constant=_no_number)
 """Raises ValueError for text that is not strict JSON (e.g. NaN), and for duplicate keys in an object."""
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parse a JSON object with STRICT_JSON. Raises ValueError: the text is something else, or is nested too deeply."""
+    try:
+        found = STRICT_JSON.decode(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError("is no JSON object")  # noqa: TRY004 - callers get one kind of error
+    return found

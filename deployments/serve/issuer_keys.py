@@ -1,7 +1,8 @@
 """The public keys of the issuer of JWTs: reads them from its URL or from a file, and keeps them for a while.
 
-Callers can make the ingress read the keys again, by a JWT with an unknown key id; so it does that at most once in
-AGAIN_S seconds. Until then, nobody knows whether the issuer has such a key now: these callers are to come back.
+A caller can make the ingress read the keys again, by a JWT with an unknown key id. So the ingress reads them at most
+once in AGAIN_S seconds. Until the next read, it can't know whether the issuer has added this key. The caller gets a 503
+and can try again.
 """
 
 # D134: an OIDC issuer may identify callers
@@ -25,7 +26,7 @@ from registry.access_errors import JWTNotChecked
 from registry.background import spawn
 from registry.errors import BadSettings, in_one_line
 from registry.oidc_settings import OIDCSettings, encrypted
-from registry.strict_yaml import STRICT_JSON
+from registry.strict_yaml import json_object
 from registry.wire.http import is_loopback
 
 READ_S = 10.0
@@ -296,12 +297,11 @@ def _trust(place: httpx.URL, ca_file: Path | None) -> ssl.SSLContext:
 def _object(text: bytes, what: str) -> dict[str, Any]:
     """Parse a JSON object. Raises UnusableKeys."""
     try:
-        found = STRICT_JSON.decode(text.decode())
-    except (RecursionError, ValueError) as error:
+        return json_object(text.decode())
+    except UnicodeDecodeError as error:
         raise UnusableKeys(f"{what} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UnusableKeys(f"{what} is no JSON object")
-    return found
+    except ValueError as error:
+        raise UnusableKeys(f"{what} {error}") from error
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

@@ -15,7 +15,7 @@ from deployments.serve.issuer_keys import IssuerKeys, issuer_keys
 from registry.access_errors import JWTRefused
 from registry.oidc_settings import OIDCSettings
 from registry.store.rows import APIKey
-from registry.strict_yaml import STRICT_JSON
+from registry.strict_yaml import json_object
 from registry.wire.schemas import TenantName
 from registry.wire.words import JWT_MARK, KEY_PREFIX, Role
 
@@ -75,7 +75,7 @@ class JWTIdentities:
         self._require_signed_for_us(text, key)
         claims = _object(claims_part)  # again, because PyJWT accepts names that occur twice, and infinity
         key_id = f"{self._settings.issuer}{JWT_MARK}{_subject(claims)}"
-        if "cnf" in claims:  # RFC 7800: whoever sends it must prove that it is theirs, which is not checked here
+        if "cnf" in claims:  # RFC 7800: its sender has to prove to own a key, and nothing here checks such a proof
             raise JWTRefused("it is bound to a key of its owner (claim cnf); turn off DPoP or mTLS for it", key_id)
         expires_s = _seconds(claims["exp"])
         if expires_s + self._settings.leeway_s <= time():
@@ -161,12 +161,9 @@ class JWTIdentities:
 def _object(part: str) -> dict[str, Any]:
     """Decode the header or the claims of a JWT. Raises JWTRefused. What base64 it accepts, ``jwt.decode`` checks."""
     try:
-        found = STRICT_JSON.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode())
-    except (RecursionError, ValueError) as error:
+        return json_object(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode())
+    except ValueError as error:
         raise JWTRefused("it is no valid JWT") from error
-    if not isinstance(found, dict):
-        raise JWTRefused("it is no valid JWT")
-    return found
 
 
 def _subject(claims: dict[str, Any]) -> str:
