@@ -56,7 +56,7 @@ class Preparation:
         self._cpu_threads = cpu_threads
         self._preload = preload
         self._media = media
-        self.user = user
+        self._user = user
         self._environment: EngineEnvironment | None = None
 
     @property
@@ -72,8 +72,8 @@ class Preparation:
 
     async def prepare(self) -> None:
         """Import vLLM here and in the warm forkserver, in parallel; see ``EngineHost.prepare``. Call it once."""
-        if self.user is not None:
-            await asyncio.to_thread(require_usable, self.user, home_of(self.user, self._cache_dir))
+        if self._user is not None:
+            await asyncio.to_thread(require_usable, self._user, home_of(self._user, self._cache_dir))
         self._environment = EngineEnvironment(
             self._cache_dir,
             cpu_threads=None if self._gpus else self._cpu_threads,
@@ -81,7 +81,7 @@ class Preparation:
             media=self._media,
             # VLLM_CPU_KVCACHE_SPACE would override our size, and allows only whole GiB.
             without=() if self._kv_cache_gib is None else ("VLLM_CPU_KVCACHE_SPACE",),
-            user=self.user,
+            user=self._user,
         )
         self.forkserver = WarmForkserver(self._environment.directory)
         warm, imported = await asyncio.gather(
@@ -92,8 +92,8 @@ class Preparation:
         if isinstance(imported, BaseException):
             raise imported
         self.cold_reason = str(warm) if isinstance(warm, BaseException) else self._why_cold()
-        if self.user is not None:
-            self._require_user(self.user)
+        if self._user is not None:
+            self._require_user(self._user)
         if self.cold_reason is None:
             self.forkserver.install()
             for problem in self.forkserver.not_preloaded:
@@ -130,17 +130,17 @@ class Preparation:
         Raises:
             EngineStartFailed: They can't; names a file.
         """
-        if self.user is None or self.forkserver is None:
+        if self._user is None or self.forkserver is None:
             return
         files = [str(file) for file in Path(model).rglob("*") if file.is_file()]
         try:
             file = run_apart(self.forkserver.context, partial(unreadable, files), CHECK_S)
         except (RuntimeError, TimeoutError) as error:
-            problem = f"a process of user {self.user.name!r} ({SETTING}) did not say whether it can read it: {error!r}"
+            problem = f"a process of user {self._user.name!r} ({SETTING}) did not say whether it can read it: {error!r}"
             raise EngineStartFailed(model, problem) from error
         if file is not None:
             remedy = "let this user read it and enter the folders above it, or choose another models.cache_dir"
-            problem = f"user {self.user.name!r} ({SETTING}) can't read {file}: {remedy}"
+            problem = f"user {self._user.name!r} ({SETTING}) can't read {file}: {remedy}"
             raise EngineStartFailed(model, problem)
 
     def processes(self) -> set[psutil.Process]:

@@ -98,7 +98,7 @@ def _why_refused() -> str | None:
 def _leave_tracker() -> None:
     """Let this process start a resource tracker of its own if it needs one.
 
-    That of the owner runs as root, and removes what it is told.
+    The owner's tracker runs as root, and removes every file that a process asks it to remove.
     """
     tracker: Any = resource_tracker._resource_tracker
     if tracker._fd is not None:
