@@ -25,7 +25,7 @@ from deployments.launch.local_ray import free_ports
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
-from tests.cluster.conftest import start, stop
+from tests.cluster.conftest import Registry, start, stop
 
 PART = "control"
 CLIENTS = (1, 4, 16, 64)
@@ -57,6 +57,18 @@ def llmconfig(folder: Path) -> dict[str, Any]:
     deployment = {"torch_dtype": "torch.bfloat16", "enforce_eager": True}
     args = {"prompting": {"max_new_tokens": 16}, "deployment": deployment}
     return {"modeltyp": "text-generation", "model": str(folder), "uses_chat_template": True, "args": args}
+
+
+@contextlib.contextmanager
+def registry_with_llm() -> Iterator[tuple[Registry, dict[str, Any]]]:
+    """A new registry, which ends with the block, and the LLM that may be asked of it."""
+    with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
+        llm = llmconfig(make_tiny_llm(Path(scratch) / "llms" / "a", seed=0))
+        registry = start(Path(scratch))
+        try:
+            yield registry, llm
+        finally:
+            stop(registry)
 
 
 class Clock:
@@ -246,14 +258,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each part (default: 8)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
-        folder = Path(scratch)
-        llm = llmconfig(make_tiny_llm(folder / "llms" / "a", seed=0))
-        registry = start(folder)
-        try:
-            results = asyncio.run(collect(registry.url, llm, chosen.seconds))
-        finally:
-            stop(registry)
+    with registry_with_llm() as (registry, llm):
+        results = asyncio.run(collect(registry.url, llm, chosen.seconds))
     publish(results, output=chosen.output, targets=TARGETS)
     print(
         "Baselines: the old registry's floor, and for lease cycles an in-memory stand-in; both on a machine like this."

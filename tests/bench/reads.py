@@ -28,7 +28,6 @@ import psutil
 import structlog
 
 from deployments.serve.energy_pages import EnergyPages
-from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from registry.accounting.windows import KeptWindow
 from registry.contract.messages import Cluster, Observation
 from registry.core.decision import Changes
@@ -43,10 +42,9 @@ from registry.settings import Settings, TenantBudget
 from registry.store.rows import EventRow
 from registry.store.store import Store
 from registry.wire.words import RequestStatus
-from tests.bench.control import llmconfig
+from tests.bench.control import registry_with_llm
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
-from tests.cluster.conftest import start, stop
 from tests.support.energy_windows import record
 
 PART = "reads"
@@ -425,18 +423,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
     results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
-        folder = Path(scratch)
-        if not chosen.cluster:
-            structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-            results += asyncio.run(in_process(folder))
-        if not chosen.in_process:
-            llm = llmconfig(make_tiny_llm(folder / "llms" / "a", seed=0))
-            registry = start(folder)
-            try:
-                results += asyncio.run(on_a_cluster(registry.url, llm, registry.process))
-            finally:
-                stop(registry)
+    if not chosen.cluster:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+        with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
+            results += asyncio.run(in_process(Path(scratch)))
+    if not chosen.in_process:
+        with registry_with_llm() as (registry, llm):
+            results += asyncio.run(on_a_cluster(registry.url, llm, registry.process))
     publish(results, output=chosen.output, targets=TARGETS)
     return 0
 

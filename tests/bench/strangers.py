@@ -12,7 +12,6 @@ import itertools
 import random
 import string
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,11 +21,10 @@ from typing import Any
 
 import psutil
 
-from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.bench.control import Clock, cycle, llmconfig
+from tests.bench.control import REQUEST, Clock, cycle, registry_with_llm
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
-from tests.cluster.conftest import Registry, start, stop
+from tests.cluster.conftest import Registry
 
 PART = "strangers"
 BODIES, BODY_BYTES, BODIES_AT_ONCE = 100, 10_000_000, 10
@@ -127,7 +125,7 @@ async def shared(url: str, count: int, at_once: int, calls: Iterator[tuple[str, 
 def bodies() -> Iterator[tuple[str, str, bytes]]:
     """POSTs that are too long."""
     while True:
-        yield "POST", "/promptingservice/request", b'{"measurementId": 1, "llms": "' + b"a" * BODY_BYTES + b'"}'
+        yield "POST", REQUEST, b'{"measurementId": 1, "llms": "' + b"a" * BODY_BYTES + b'"}'
 
 
 def methods() -> Iterator[tuple[str, str, bytes]]:
@@ -135,7 +133,7 @@ def methods() -> Iterator[tuple[str, str, bytes]]:
     chance = random.Random(18)
     while True:
         method = "".join(chance.choices(string.ascii_uppercase, k=chance.randint(1, 12)))
-        path = chance.choice(("/", "/machines", "/promptingservice/request", f"/{chance.random()}"))
+        path = chance.choice(("/", "/machines", REQUEST, f"/{chance.random()}"))
         yield method, path, b""
 
 
@@ -155,14 +153,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long the crowd stays (default: 60)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     chosen = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="gprompt-bench-") as scratch:
-        folder = Path(scratch)
-        llm = llmconfig(make_tiny_llm(folder / "llms" / "a", seed=0))
-        registry = start(folder)
-        try:
-            results = asyncio.run(measure(registry, llm, chosen.seconds))
-        finally:
-            stop(registry)
+    with registry_with_llm() as (registry, llm):
+        results = asyncio.run(measure(registry, llm, chosen.seconds))
     publish(results, output=chosen.output, targets=TARGETS)
     return 0
 
