@@ -14,14 +14,14 @@ import string
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tests.bench.control import REQUEST, Clock, cycle, registry_with_llm
+from tests.bench.reads import parts_of
 from tests.bench.report import OUTPUT, Result, counted, measured, percentile, publish
 from tests.bench.wire import Connection
 from tests.cluster.conftest import Registry
@@ -75,28 +75,14 @@ async def in_a_crowd(url: str, llm: dict[str, Any], seconds: float) -> list[Resu
     ]
 
 
-def servers(registry: Registry) -> list[psutil.Process]:
-    """What answers strangers: HAProxy, the ingress, the registry actor."""
-    names = ("haproxy -f", "ray::ServeReplica:registry:Ingress", "ray::RegistryActor")
-    found = [process for process in registry.processes() if any(name in _command(process) for name in names)]
-    assert len(found) >= len(names), found
-    return found
-
-
-def _command(process: psutil.Process) -> str:
-    with suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def rss_mb(processes: Sequence[psutil.Process]) -> float:
+def rss_mb(processes: Iterable[psutil.Process]) -> float:
     """Memory of processes together, MB."""
     return sum(process.memory_info().rss for process in processes) / 1e6
 
 
 async def remembered(name: str, registry: Registry, work: Any) -> list[Result]:
     """The memory of the servers after some work, and before it; and the statuses of its answers."""
-    processes = servers(registry)
+    processes = parts_of(registry.process).values()
     before_mb = rss_mb(processes)
     statuses: Counter[int] = await work
     await asyncio.sleep(REST_S)
