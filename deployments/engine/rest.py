@@ -9,6 +9,7 @@ process, which nothing can stop either.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import time
@@ -27,8 +28,11 @@ from registry.errors import EngineNotReady
 REST_LIMIT_S: Final = 5.0
 """How long an engine may go on working after a lease, seconds."""
 
-LOOKS, LOOK_S, POLL_S = 3, 0.001, 0.05
-"""An engine is idle if three checks in a row, 1 ms apart, find no work; a busy one is checked again after 50 ms."""
+LOOKS, LOOK_S = 3, 0.001
+"""An engine is idle if three checks in a row, 1 ms apart, find no work."""
+EAGER_LOOKS, POLL_S = 20, 0.05
+"""After 20 checks, one that finds work is followed by a pause of 50 ms. Before, it may have seen a thread of Ray or
+gRPC that woke up for a moment, which happens at most hand-overs."""
 
 log = structlog.get_logger("deployments.engine.rest")
 
@@ -167,7 +171,7 @@ class EngineRest:
     async def _watch(self, llm: LLM | None, after_lease: bool) -> None:
         await self._prompts_over()
         give_up_s, quiet = self._clock() + REST_LIMIT_S, 0
-        while True:
+        for look in itertools.count(1):
             here = self._is_working_here()
             quiet = 0 if here or (llm is not None and self._is_working(llm.processes)) else quiet + 1
             if quiet == LOOKS:
@@ -176,7 +180,7 @@ class EngineRest:
             if not quiet and self._clock() >= give_up_s:
                 self._never_at_rest(llm, here=here, after_lease=after_lease)
                 return
-            await self._pause(LOOK_S if quiet else POLL_S)
+            await self._pause(LOOK_S if quiet or look < EAGER_LOOKS else POLL_S)
 
     def _never_at_rest(self, llm: LLM | None, *, here: bool, after_lease: bool) -> None:
         """End what is busy, unless it was never seen idle. ``here``: it is this process."""

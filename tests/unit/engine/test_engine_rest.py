@@ -14,7 +14,15 @@ import psutil
 import pytest
 import structlog
 
-from deployments.engine.rest import LOOKS, REST_LIMIT_S, EngineRest, works, works_here
+from deployments.engine.rest import (
+    EAGER_LOOKS,
+    LOOKS,
+    POLL_S,
+    REST_LIMIT_S,
+    EngineRest,
+    works,
+    works_here,
+)
 from registry.errors import EngineNotReady
 
 
@@ -76,6 +84,24 @@ async def test_one_look_at_rest_is_not_enough() -> None:
     await scene.rest.reached(scene.llm)
     assert scene.looked == 4 + LOOKS
     assert not scene.llm.died.is_set()
+
+
+async def test_a_thread_that_woke_up_for_a_moment_costs_a_millisecond() -> None:
+    """It is not work, and the next lease may be waiting."""
+    scene = Scene(True, False, True, False)
+    await scene.first_lease()
+    scene.rest.begin(scene.llm)
+    await scene.rest.reached(scene.llm)
+    assert scene.now_s == pytest.approx(0.005)
+
+
+async def test_a_busy_engine_is_checked_rarely() -> None:
+    """The checks themselves cost time of its processors."""
+    scene = Scene(True)
+    await scene.first_lease()
+    scene.rest.begin(scene.llm)
+    await scene.llm.died.wait()
+    assert scene.looked == pytest.approx(EAGER_LOOKS + REST_LIMIT_S / POLL_S, abs=2)
 
 
 async def test_an_engine_that_goes_on_working_is_ended() -> None:
