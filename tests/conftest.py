@@ -27,18 +27,26 @@ settings.register_profile("long", max_examples=100 * EXAMPLES, deadline=None, pr
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ORDER = ("unit", "property", "integration", "simulation", "engine", "cluster", "hosts")
+NOT_COUNTED = ("property", "simulation")
+"""Folders whose tests are left out of the coverage: counting doubles their time, and they are there to find faults."""
 SHARED_ORDER = ("simulation", "property", "integration", "unit", "engine", "cluster", "hosts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by folder; inside a folder the order stays. Each test has an id of its own."""
+    root, order = Path(__file__).parent, SHARED_ORDER if "PYTEST_XDIST_WORKER" in os.environ else ORDER
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(root).parts[0]
+
     for item in items:
+        if folder(item) in NOT_COUNTED:
+            item.add_marker("no_cover")
         # pytest 9.2 gives all of Schemathesis's tests of a function one id, and xdist runs one test of each id.
         if item.parent is not None and not item.nodeid.endswith(item.name):
             item._id = item.parent.id.child(item.name)
     assert len({item.nodeid for item in items}) == len(items), "tests have the same id"
-    root, order = Path(__file__).parent, SHARED_ORDER if "PYTEST_XDIST_WORKER" in os.environ else ORDER
-    items.sort(key=lambda item: order.index(item.path.relative_to(root).parts[0]))
+    items.sort(key=lambda item: order.index(folder(item)))
 
 
 @pytest.fixture(autouse=True)
