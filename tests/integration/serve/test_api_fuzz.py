@@ -29,6 +29,8 @@ from tests.support.app_server import served
 from tests.support.keyed_registry import LLM, REQUEST, keyed_scene
 from tests.support.service_world import ServiceWorld
 
+pytestmark = pytest.mark.no_cover  # counting costs time, and other tests reach the same lines
+
 CALLS = int(os.environ.get("FUZZ_CALLS", "2000"))
 STEPS = 12
 """Calls in one sequence."""

@@ -28,6 +28,7 @@ from registry.wire.words import RequestStatus
 from tests.support.fake_cluster import FakeCluster
 from tests.support.service_world import OTHER, THIRD, TINY, ServiceWorld, config_of
 
+pytestmark = pytest.mark.no_cover  # counting doubles the time, and other tests reach the same lines
 S = RequestStatus
 BROKEN = LLMSpec("org/broken", "text-generation")
 KINDS = {

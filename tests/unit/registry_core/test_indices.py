@@ -71,6 +71,18 @@ def test_a_tenant_keeps_its_turn_while_its_place_changes() -> None:
     assert queue.next([]) is None
 
 
+def test_the_line_is_of_those_who_wait_for_the_places() -> None:
+    """Tenants in turn; one that waits only elsewhere is not in it."""
+    elsewhere = Place(ONE_OR_TWO, machine_id="m")
+    queue = Queue(Turns(()))
+    for seq, (key, place) in enumerate(
+        [(("a", 1), elsewhere), (("b", 1), PLACE), (("b", 2), PLACE), (("c", 1), PLACE)], start=1
+    ):
+        queue.put(key, (place, (1, seq, key[1])))
+    assert list(queue.line([PLACE])) == [("b", 1), ("c", 1), ("b", 2)]
+    assert list(queue.line([elsewhere])) == [("a", 1)]
+
+
 def test_low_is_served_after_so_many_turns() -> None:
     """Of 9 turns of a tenant in a row one goes to its oldest, though more important ones never end.
 
