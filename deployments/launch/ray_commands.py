@@ -82,8 +82,12 @@ class RayStart:
 
 def ray_processes() -> list[list[object]]:
     """Return name, pid and start time of the processes that a node needs."""
-    needed = (process for process in psutil.process_iter(["name"]) if process.info["name"] in VITAL)
-    return sorted([process.info["name"], process.pid, process.create_time()] for process in needed)
+    # A zombie does not run. Some containers have a first process that reaps none.
+    return sorted(
+        [process.info["name"], process.pid, process.create_time()]
+        for process in psutil.process_iter(["name", "status"])
+        if process.info["name"] in VITAL and process.info["status"] != psutil.STATUS_ZOMBIE
+    )
 
 
 def _record(folder: Path) -> object:

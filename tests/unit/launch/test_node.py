@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -294,3 +295,17 @@ def test_our_code_has_a_hash() -> None:
     """It is the same as long as nothing changes."""
     assert node._code() == node._code()
     assert len(node._code()) == 64
+
+
+def test_a_zombie_does_not_run(tmp_path: Path) -> None:
+    """A raylet that has ended and is not reaped, as in a container without an init, is not taken for a running one."""
+    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    with subprocess.Popen([tmp_path / "raylet", "600"]) as process:
+
+        def is_listed() -> bool:
+            return process.pid in [pid for _, pid, _ in ray_commands.ray_processes()]
+
+        assert is_listed()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_listed()
