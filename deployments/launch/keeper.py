@@ -91,7 +91,7 @@ def launch(folder: Path, start: RayStart) -> None:
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-m", "deployments.launch.keeper"],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=start.environment,
