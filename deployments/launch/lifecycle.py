@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from deployments.engine.environment import remove_orphans, remove_shared_memory
-from deployments.launch import surroundings
+from deployments.launch import surroundings, up_again
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import SERVE_ENVIRONMENT
 from deployments.launch.local_ray import (
@@ -32,6 +32,7 @@ from deployments.launch.local_ray import (
     remove_cluster_files,
     require_free_port,
 )
+from deployments.launch.node import head_is_kept
 from deployments.launch.restarts import Life, StopWanted, heed_signals, ignore_signals, keep_running
 from deployments.machine import process_tree
 from deployments.machine.disk import disk_problem
@@ -163,16 +164,22 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
     return lines
 
 
-def start_on_cluster(settings: Settings, *, say: Say) -> None:
+def start_on_cluster(settings: Settings, command: list[str], *, say: Say) -> None:
     """Start the registry on the cluster of ``ray.address``; it keeps running when this process ends.
 
-    If one runs there already, it is not changed. Raises RegistryError.
+    If one runs there already, it is not changed. On the head, ``command``, which does this, is remembered for the
+    keeper, which repeats it when it has started Ray again. Raises RegistryError.
     """
     _become_driver(settings)
     from deployments.serve import app
 
     for line in ready_lines(settings, app.start(settings, None)._asdict()):
         say(line)
+    if head_is_kept():
+        try:
+            up_again.remember(command)
+        except OSError as error:
+            raise BadSettings(str(up_again.command_file()), f"can't be written ({error.strerror})") from error
     say("Machines appear when they join the cluster; `greenprompt status` shows them.")
 
 
@@ -224,6 +231,7 @@ def end(settings: Settings, *, say: Say) -> None:
         _become_driver(settings)
         from deployments.serve import app
 
+        up_again.forget()
         app.join_ray(settings, None)
         app.stop(settings)
         say("The registry of the cluster is down.")

@@ -13,32 +13,29 @@ import json
 import os
 import resource
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
+import structlog
 
 import deployments
 import registry
+from deployments.launch import keeper, up_again
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
+from deployments.launch.ray_commands import RayStart
 from deployments.machine.cluster_token import proxy_secret, token_path
-from deployments.machine.private_files import open_private, private_folder, write_private
+from deployments.machine.private_files import open_private, private_folder
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
 from deployments.serve.ray_folder import RAY_FOLDER
-from registry.errors import BadSettings, StartFailed
+from registry.errors import BadSettings
+
+log = structlog.get_logger("deployments.launch.node")
 
 BASE = Path("/tmp")  # noqa: S108 - vanishes at a reboot, as Ray's processes do; socket paths must be short
 """Where a node's folder is made."""
-
-RECORD = "node.json"
-"""File in a node's folder that records the Ray processes of this machine, and a hash of what they were started with."""
-
-RAY_LIMIT_S = 120
-"""Time limit of ``ray start`` and ``ray stop``, seconds."""
 
 # Ray detects a machine that died or was cut off after about 5 s instead of 65: it is checked every second, has 2 s to
 # answer, and counts as dead after 3 failures. Source: ray_config_def.h, health_check_*.
@@ -56,9 +53,6 @@ _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 # Ray's autoscaler v2 counts an on-premise head as one of the machines, and then omits the last machine (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
-# We don't need the log monitor, which forwards workers' output to drivers. It does not end if the head is lost.
-_NO_LOG_MONITOR = "--include-log-monitor=false"
-
 # Prefix of the variables that an operator sets for Ray in cluster.yaml: where the head's state is stored.
 _RAYS_STORE = "RAY_REDIS_"
 
@@ -70,7 +64,8 @@ def start_ray(options: Sequence[str]) -> bool:
     """Run ``ray start`` with these options, after stopping any running Ray.
 
     Returns False, without effect, if Ray already runs with the same options, environment and code.
-    Blocks until an earlier call on this machine has ended, and then up to 2 * RAY_LIMIT_S.
+    Blocks until an earlier call on this machine has ended, and then up to 2 * RAY_LIMIT_S. On the head, a process stays
+    that starts Ray again if it dies (deployments.launch.keeper).
 
     Raises:
         BadSettings: HAProxy's package is not installed or does not fit this version of Ray, the access token is
@@ -81,7 +76,7 @@ def start_ray(options: Sequence[str]) -> bool:
     # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
     # would be two raylets.
     folder = node_folder()
-    with open_private(folder / "node.lock", "w") as lock:
+    with open_private(folder / keeper.NODE_LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _start_ray(_in_own_folder(folder, _for_the_monitor(options)), folder)
 
@@ -93,7 +88,16 @@ def node_folder() -> Path:
     Raises:
         BadSettings: It exists, and belongs to another user or is open to others.
     """
-    return private_folder(BASE / f"gp-{os.geteuid()}")
+    return private_folder(_node_folder())
+
+
+def head_is_kept() -> bool:
+    """Whether this machine has a head that is started again if it dies. Creates nothing."""
+    return keeper.is_running(_node_folder())
+
+
+def _node_folder() -> Path:
+    return BASE / f"gp-{os.geteuid()}"
 
 
 def secrets_file() -> Path:
@@ -122,11 +126,15 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     # With another token, Ray's new processes could not join the old ones, and replicas would refuse HAProxy's requests.
     what = [_code(), proxy_secret(token_path()), started_with, *options]
     wanted = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    running = _ray_processes()
-    # D35: a node is started once
-    if running and _record(folder) == {"wanted": wanted, "running": running}:
-        return False
+    options = list(options)
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment
+    start = RayStart(str(Path(sys.executable).with_name("ray")), options, environment, wanted)
+    is_head = "--head" in options
+    # D35: a node is started once
+    if start.is_running(folder):
+        if is_head and not keeper.is_running(folder):
+            log.warning("Ray runs, but is not started again if it dies: run `ray stop`, and start it again")
+        return False
     file = secrets_file()
     try:
         hide_secrets(file, environment)
@@ -134,19 +142,12 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
         raise BadSettings(str(file), f"secrets can't be written ({error.strerror})") from error
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by Ray's processes
-    for command in (["stop"], ["start", _NO_LOG_MONITOR, *options]):
-        try:
-            done = subprocess.run(
-                [Path(sys.executable).with_name("ray"), *command],
-                env=environment,
-                timeout=RAY_LIMIT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise StartFailed(f"ray {command[0]} was not done after {RAY_LIMIT_S} s") from error
-        if done.returncode:
-            raise StartFailed(f"ray {command[0]} ended with {done.returncode}")
-    write_private(folder / RECORD, json.dumps({"wanted": wanted, "running": _ray_processes()}))
+    keeper.end(folder)
+    if is_head:
+        up_again.forget()  # the registry of the Ray that is stopped now
+        keeper.launch(folder, start)
+    else:
+        start.run(folder)
     return True
 
 
@@ -183,16 +184,3 @@ def _code() -> str:
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _ray_processes() -> list[list[object]]:
-    """Return name, pid and start time of the processes that a node needs."""
-    needed = (process for process in psutil.process_iter(["name"]) if process.info["name"] in ("gcs_server", "raylet"))
-    return sorted([process.info["name"], process.pid, process.create_time()] for process in needed)
-
-
-def _record(folder: Path) -> object:
-    try:
-        return json.loads((folder / RECORD).read_bytes())
-    except (FileNotFoundError, ValueError):  # missing, or truncated by a crash: treat as missing
-        return None

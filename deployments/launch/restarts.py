@@ -37,6 +37,23 @@ VITAL = frozenset({"gcs_server", "raylet"})
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class RestartLimit:
+    """Allows a restart for each of PAUSES_S within WINDOW_S. For one thread."""
+
+    def __init__(self) -> None:
+        self._begun_s: list[float] = []
+
+    def next_pause_s(self) -> float | None:
+        """Count one more restart and return the pause before it, seconds; None if there were too many."""
+        now_s = time.monotonic()
+        self._begun_s = [begun_s for begun_s in self._begun_s if now_s - begun_s < WINDOW_S]
+        if len(self._begun_s) == len(PAUSES_S):
+            return None
+        pause_s = PAUSES_S[len(self._begun_s)]
+        self._begun_s.append(now_s + pause_s)
+        return pause_s
+
+
 class StopWanted(BaseException):
     """SIGINT or SIGTERM. Not an Exception, so that error handlers do not catch it."""
 
@@ -108,10 +125,10 @@ def first_death(vital: Sequence[psutil.Process]) -> str:
             opened.callback(os.close, fd)
             ends.register(fd, select.POLLIN)
         pid = pids[ends.poll()[0][0]]
-    return f"Ray's {names[pid]} {_end_words(process_tree.ended_by(pid) or 0)}"
+    return f"Ray's {names[pid]} {end_words(process_tree.ended_by(pid) or 0)}"
 
 
-def _end_words(signal_number: int) -> str:
+def end_words(signal_number: int) -> str:
     """Return how a process ended; 0 if not by a signal, or if that is not known."""
     return f"was ended by {signal.Signals(signal_number).name}" if signal_number else "ended"
 
@@ -143,24 +160,20 @@ def keep_running(
         StartFailed: The cluster died too often, or what is left of it can't be removed.
     """
     child = _Child(live, lock)
-    restarts: list[float] = []
+    restarts = RestartLimit()
     heed_signals()
     try:
         while (problem := child.run()) is not None:
             clean_up()
             if not child.was_ready:
                 raise problem
-            now_s = time.monotonic()
-            restarts = [begun_s for begun_s in restarts if now_s - begun_s < WINDOW_S]
-            if len(restarts) == len(PAUSES_S):
+            if (pause_s := restarts.next_pause_s()) is None:
                 raise StartFailed(
-                    f"{problem}; it was started again {len(restarts)} times within {WINDOW_S / 60:g} minutes, "
+                    f"{problem}; it was started again {len(PAUSES_S)} times within {WINDOW_S / 60:g} minutes, "
                     "and is not started any more; run `greenprompt up` when the cause is removed"
                 )
-            pause_s = PAUSES_S[len(restarts)]
             say(f"{problem}. Starting again{f' in {pause_s:g} s' if pause_s else ''} …")
             time.sleep(pause_s)
-            restarts.append(time.monotonic())
     except StopWanted:
         child.end(stop_limit_s)
     finally:
@@ -216,7 +229,7 @@ class _Child:
                 problem = problem or told
         if exit_code == 0:
             return None
-        return problem or StartFailed(f"the process that runs Ray {_end_words(max(-exit_code, 0))}")
+        return problem or StartFailed(f"the process that runs Ray {end_words(max(-exit_code, 0))}")
 
     def end(self, limit_s: float) -> None:
         """Send SIGTERM to the child, if it runs, and wait for its end; kill it after ``limit_s`` seconds."""

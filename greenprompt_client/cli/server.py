@@ -42,7 +42,7 @@ def up(
 
     settings = _settings(config, address)
     if detach and settings.ray.address is not None:
-        lifecycle.start_on_cluster(settings, say=say)
+        lifecycle.start_on_cluster(settings, [*_up_command(config, address), "--detach"], say=say)
     elif detach:
         lifecycle.run_detached(settings, _up_command(config, address), say=say)
     else:

@@ -67,9 +67,9 @@ class Cluster:
         """Run the launcher on the desk, as the README says; its output."""
         return self.net.host("desk").run(f"ray {command}", limit_s=limit_s, check=check)
 
-    def describe(self, *workers: str, **settings: str) -> None:
+    def describe(self, *workers: str, redis: bool = True, **settings: str) -> None:
         """Edit cluster.yaml on the desk: these are the machines now, and more settings of the registry."""
-        text = yaml.safe_dump(cluster_yaml(self.net, workers, settings))
+        text = yaml.safe_dump(cluster_yaml(self.net, workers, settings, redis=redis))
         (self.net.host("desk").home / "cluster.yaml").write_text(text, encoding="utf-8")
 
     # --- over HTTP ---------------------------------------------------------------------------------------
@@ -162,7 +162,9 @@ def prompt(address: str, *, limit_s: float = 60) -> httpx.Response:
     return httpx.post(f"{address}/process_prompt", json={"question": "What does it cost?"}, timeout=limit_s)
 
 
-def cluster_yaml(net: Network, workers: tuple[str, ...], settings: Mapping[str, str]) -> dict[str, Any]:
+def cluster_yaml(
+    net: Network, workers: tuple[str, ...], settings: Mapping[str, str], *, redis: bool = True
+) -> dict[str, Any]:
     """``cluster.yaml`` as its operator would fill it in for these hosts."""
     config: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text(encoding="utf-8"))
     config["provider"] |= {
@@ -181,7 +183,8 @@ def cluster_yaml(net: Network, workers: tuple[str, ...], settings: Mapping[str, 
         **settings,
     }
     exports = [f"export GREENPROMPT_{name}={shlex.quote(value)};" for name, value in registry.items()]
-    exports.append(f"export RAY_REDIS_ADDRESS={database}:{REDIS_PORT};")
+    if redis:
+        exports.append(f"export RAY_REDIS_ADDRESS={database}:{REDIS_PORT};")
     exports.append(f"export AUTOSCALER_NODE_START_WAIT_S={SSH_WAIT_S};")
     config["head_start_ray_commands"] = [" ".join([*exports, command]) for command in config["head_start_ray_commands"]]
     return config

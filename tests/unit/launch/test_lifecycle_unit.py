@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 import deployments.serve
-from deployments.launch import lifecycle
+from deployments.launch import lifecycle, up_again
 from deployments.launch.lifecycle import end, ready_lines, run_detached, run_in_foreground, start_on_cluster
 from deployments.launch.local_ray import FOLDER_PREFIX, free_ports
 from deployments.launch.restarts import Life
@@ -265,12 +265,45 @@ def test_on_a_cluster_the_registry_stays(settings: Settings, app: FakeApp) -> No
     """Started on a cluster it is left there, and the operator is told where; this machine keeps no record."""
     said: list[str] = []
     on_cluster = settings.model_copy(update={"ray": RaySettings(address="auto")})
-    start_on_cluster(on_cluster, say=said.append)
+    start_on_cluster(on_cluster, ["greenprompt", "up"], say=said.append)
+    assert up_again.remembered() is None
     assert app.calls == ["start"]
     assert app.folder is None
     assert "http://registry" in said[0]
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert not (settings.state_dir / "up.json").exists()
+
+
+def test_the_head_remembers_how_its_registry_was_started(
+    settings: Settings, app: FakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper of a head gets the command of a registry that is ready, until `down` ends it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(lifecycle, "head_is_kept", lambda: True)
+    on_cluster = settings.model_copy(update={"ray": RaySettings(address="auto")})
+    app.failure = StartFailed("no database")
+    with pytest.raises(StartFailed):
+        start_on_cluster(on_cluster, ["greenprompt", "up"], say=Says())
+    assert up_again.remembered() is None
+    app.failure = None
+    start_on_cluster(on_cluster, ["greenprompt", "up"], say=Says())
+    remembered = up_again.remembered()
+    assert remembered is not None
+    assert remembered.command == ["greenprompt", "up"]
+    end(on_cluster, say=Says())
+    assert up_again.remembered() is None
+
+
+def test_a_command_that_cannot_be_remembered_is_told(
+    settings: Settings, app: FakeApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a place for it, the registry would not be back after a death; the error names the file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(lifecycle, "head_is_kept", lambda: True)
+    (tmp_path / ".greenprompt").write_text("a file, not a folder")
+    on_cluster = settings.model_copy(update={"ray": RaySettings(address="auto")})
+    with pytest.raises(BadSettings, match=r"\.greenprompt/up-.*can't be written"):
+        start_on_cluster(on_cluster, ["greenprompt", "up"], say=Says())
 
 
 def test_joining_a_cluster_makes_no_folder(settings: Settings, app: FakeApp) -> None:

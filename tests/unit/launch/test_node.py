@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from deployments.launch import node
-from deployments.launch.node import node_environment, start_ray
+from deployments.launch import keeper, node, ray_commands, up_again
+from deployments.launch.node import head_is_kept, node_environment, node_folder, start_ray
+from deployments.launch.ray_commands import RayStart
 from registry.errors import BadSettings, StartFailed
 
 OPTIONS = ["--address=192.0.2.10:6390"]
@@ -31,7 +34,8 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[]
     monkeypatch.setattr(node, "BASE", tmp_path)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))  # for the state of Ray's launcher
     monkeypatch.delenv("TMPDIR", raising=False)
-    monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
+    monkeypatch.setattr(ray_commands, "ray_processes", lambda: [["raylet", 1, 2.0]] if calls.exists() else [])
+    monkeypatch.setattr(keeper, "launch", lambda folder, start: start.run(folder))  # see test_keeper.py
     program = tmp_path / "ray"
     program.write_text(
         f'#!/bin/sh\necho "$*|$RAY_AUTH_MODE|$OMP_NUM_THREADS|$(ulimit -n)|$TMPDIR|$HF_TOKEN" >> {calls}\n'
@@ -84,10 +88,56 @@ def test_a_head_gives_no_machine_up(ran: Callable[[], list[list[str]]], tmp_path
     )
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens to keepers: one that is ended, or one that starts Ray. One runs, unless the test says otherwise."""
+    happened: list[str] = []
+
+    def launch(folder: Path, start: RayStart) -> None:
+        happened.append("launch")
+        start.run(folder)
+
+    monkeypatch.setattr(keeper, "end", lambda _: happened.append("end"))
+    monkeypatch.setattr(keeper, "launch", launch)
+    monkeypatch.setattr(keeper, "is_running", lambda _: "launch" in happened)
+    return happened
+
+
+def test_a_head_is_started_by_a_keeper(ran: Callable[[], list[list[str]]], kept: list[str]) -> None:
+    """Other options replace the keeper together with Ray, and the old registry's command is forgotten."""
+    assert start_ray(["--head"])
+    up_again.remember(["greenprompt", "up"])
+    assert not start_ray(["--head"])
+    assert kept == ["end", "launch"]
+    assert up_again.remembered() is not None
+    assert start_ray(["--head", "--num-gpus=2"])
+    assert kept == ["end", "launch"] * 2
+    assert up_again.remembered() is None
+    assert len(ran()) == 4
+
+
+def test_a_machine_needs_no_keeper(ran: Callable[[], list[list[str]]], kept: list[str]) -> None:
+    """The launcher starts Ray again there; a keeper of an earlier head is ended."""
+    assert start_ray(OPTIONS)
+    assert kept == ["end"]
+    assert len(ran()) == 2
+
+
+def test_a_head_whose_keeper_was_killed_is_left_alone(
+    ran: Callable[[], list[list[str]]], kept: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its leases are worth more; that it is not started again if it dies is said."""
+    assert start_ray(["--head"])
+    kept.clear()
+    assert not start_ray(["--head"])
+    assert "is not started again if it dies" in capsys.readouterr().out
+    assert len(ran()) == 2
+
+
 def test_a_new_raylet_is_not_ours(ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A raylet that somebody else has started since is no reason to do nothing."""
     assert start_ray(OPTIONS)
-    monkeypatch.setattr(node, "_ray_processes", lambda: [["raylet", 7, 2.0]])
+    monkeypatch.setattr(ray_commands, "ray_processes", lambda: [["raylet", 7, 2.0]])
     assert start_ray(OPTIONS)
 
 
@@ -127,7 +177,7 @@ def test_what_the_launcher_sets_is_none(ran: Callable[[], list[list[str]]], monk
 def test_a_record_that_was_cut_short_is_none(ran: Callable[[], list[list[str]]]) -> None:
     """A crash while it was written costs a start, no more."""
     assert start_ray(OPTIONS)
-    record = node.node_folder() / node.RECORD
+    record = node.node_folder() / ray_commands.RECORD
     record.write_text('{"wan')
     assert start_ray(OPTIONS)
     assert json.loads(record.read_text())["running"] == [["raylet", 1, 2.0]]
@@ -137,7 +187,7 @@ def test_a_ray_that_does_not_start_is_said(ran: Callable[[], list[list[str]]]) -
     """The error tells which of Ray's commands failed; the next attempt tries again."""
     with pytest.raises(StartFailed, match="ray start ended with 1"):
         start_ray(["fail"])
-    assert not (node.node_folder() / node.RECORD).exists()
+    assert not (node.node_folder() / ray_commands.RECORD).exists()
 
 
 def test_a_missing_token_is_said(ran: Callable[[], list[list[str]]], tmp_path: Path) -> None:
@@ -229,7 +279,33 @@ def test_secrets_need_a_home(ran: Callable[[], list[list[str]]], monkeypatch: py
         start_ray(OPTIONS)
 
 
+def test_whether_a_head_is_kept_is_only_looked_at(ran: Callable[[], list[list[str]]]) -> None:
+    """No folder is made where none is; a keeper holds a lock in the node's folder."""
+    assert not head_is_kept()
+    assert not node._node_folder().exists()
+    with (node_folder() / keeper.LOCK).open("w") as lock:
+        lock.write("1")
+        lock.flush()
+        assert not head_is_kept()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert head_is_kept()
+
+
 def test_our_code_has_a_hash() -> None:
     """It is the same as long as nothing changes."""
     assert node._code() == node._code()
     assert len(node._code()) == 64
+
+
+def test_a_zombie_does_not_run(tmp_path: Path) -> None:
+    """A raylet that has ended and is not reaped, as in a container without an init, is not taken for a running one."""
+    (tmp_path / "raylet").symlink_to("/bin/sleep")
+    with subprocess.Popen([tmp_path / "raylet", "600"]) as process:
+
+        def is_listed() -> bool:
+            return process.pid in [pid for _, pid, _ in ray_commands.ray_processes()]
+
+        assert is_listed()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_listed()
