@@ -40,6 +40,7 @@ from deployments.machine.private_files import open_private, require_unchanged_by
 from deployments.serve.ray_folder import keep_logs
 from registry.errors import BadSettings, StartFailed
 from registry.settings import OPERATOR_KEY, Settings
+from registry.wire.http import is_loopback
 
 Say = Callable[[str], Any]
 
@@ -161,6 +162,10 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
         lines.append(f"                 it asks for the token in {settings.state_dir / ACCESS_FILE}")
     if settings.access.keys:
         lines.append(f"Calls need keys: the operator's key is in {settings.state_dir / OPERATOR_KEY}")
+    # D137: ports are checked from outside
+    if settings.ray.address is not None and not is_loopback(settings.http.host):
+        command = f"greenprompt firewall cluster.yaml --check --port {settings.http.port}"
+        lines.append(f"Open ports:      only a host outside of the cluster can check them: {command}")
     return lines
 
 

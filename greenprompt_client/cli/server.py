@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from greenprompt_client.cli.app import app, console, needs, say
+from greenprompt_client.cli.app import EXIT_NOT_YET, EXIT_UNUSABLE, app, complain, console, needs, problems, say
 from registry.environment import EMPTY
 from registry.errors import BadSettings
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "local.yaml"
 """Configuration of ``up`` and ``demo`` if none is named; ``configs/local.yaml`` of the repository is the same file."""
+
+CHECK_S = 1800.0
+"""Longest time of ``firewall --check`` if none is given, seconds. A filtered machine takes about two minutes."""
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", help="Configuration file (YAML).", show_default="configs/local.yaml")
@@ -85,16 +89,75 @@ def firewall(
         typer.Option(help="A machine that may reach all ports, too, e.g. one for monitoring. Repeatable."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="http.port of the registry.")] = 8000,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print which ports answer this host, which must be outside of the cluster.")
+    ] = False,
+    ports: Annotated[
+        str | None, typer.Option(metavar="<from-to>", help="With --check: the ports to try. Default: 1024-65535.")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=1, help="With --check: longest time, seconds. Default: 1800.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="With --check: print one JSON object per line, for each machine.")
+    ] = False,
 ) -> None:
     """Print rules for nftables that open Ray's ports only to the machines of a cluster. Changes nothing.
 
     To apply them, on each machine: greenprompt firewall cluster.yaml | sudo nft -f -
+
+    With '--check', the exit status is 0 if only ssh and the registry answer, 1 if another port does, 2 if unknown.
     """
     with needs("server"):
         from deployments.launch.firewall import addresses_of, machines_of, rules
 
+    if check:
+        if allow:
+            raise BadSettings("--allow", "can't be used with --check")
+        _check_ports(cluster, port, ports, time_limit, as_json=json)
+        return
+    if ports is not None or time_limit is not None or json:
+        raise BadSettings("--ports, --time-limit and --json", "need --check")
     machines = [*machines_of(cluster), *addresses_of(allow or [], "--allow")]
     typer.echo(rules(machines, open_ports=[port]), nl=False)
+
+
+def _check_ports(cluster: Path, port: int, ports: str | None, limit_s: float | None, *, as_json: bool) -> None:
+    """Print which ports of the machines answer this host.
+
+    Raises:
+        BadSettings: The file or the ports can't be read, or this host is a machine of the cluster.
+        typer.Exit: A port answers and should not, or that is not known.
+    """
+    with needs("server"):
+        from deployments.launch import port_check
+        from deployments.launch.firewall import machines_of
+
+    machines, tried = machines_of(cluster), port_check.parse_ports(ports or port_check.PORTS, "--ports")
+    port_check.require_outside(machines)
+    with problems.status("trying ports …") as line:
+        found = asyncio.run(
+            port_check.check_ports(
+                machines,
+                tried,
+                http_port=port,
+                limit_s=CHECK_S if limit_s is None else limit_s,
+                at_once=port_check.most_at_once(),
+                on_progress=lambda done, of: line.update(f"{done:,} of {of:,} ports tried …"),
+            )
+        )
+    for machine in found:
+        for text in [port_check.as_json(machine)] if as_json else port_check.lines(machine):
+            say(text)
+    if any(machine.exposed for machine in found):
+        complain(
+            "ports answer that should not; to close them, on each machine: "
+            f"greenprompt firewall {cluster} --port {port} | sudo nft -f -"
+        )
+        raise typer.Exit(EXIT_NOT_YET)
+    if any(machine.doubts() for machine in found):
+        complain("it is not known whether other ports answer, too; see above")
+        raise typer.Exit(EXIT_UNUSABLE)
 
 
 @app.command()

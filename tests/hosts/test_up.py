@@ -15,6 +15,9 @@ from tests.hosts.hosts import alive
 
 pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 
+CHECK_LIMIT_S = 300
+"""Three machines with 4,000 filtered ports each take about half a minute."""
+
 GONE_LIMIT_S = 10
 """The registry says that a lease has ended, and then tells the wrapper."""
 
@@ -125,7 +128,10 @@ def numbers(output: str) -> list[str]:
 
 
 def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
-    """Without the rules a neighbour reaches many ports of the head; with them only the registry's. Leases work."""
+    """Without the rules a neighbour reaches many ports of the head; with them only the registry's. Leases work.
+
+    The neighbour's own check finds the same: Ray's GCS before, and nothing with the rules. A machine refuses to check.
+    """
     cluster.until_ready("w1", "w2")
     head, neighbour = cluster.head, cluster.net.host("db")
     listening = "ss -Hltn | awk '{print $4}' | grep -v '^127\\.\\|^\\[::1\\]' | sed 's/.*://' | sort -un"
@@ -138,14 +144,31 @@ def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
         ]
         return set(numbers(neighbour.run("\n".join([*tries, "wait"]), check=False)))
 
+    def checked(ports: str) -> tuple[str, str]:
+        """Exit status and output of a check by the neighbour."""
+        said = neighbour.run(f"{rules} --check --ports {ports}; echo status $?", limit_s=CHECK_LIMIT_S)
+        return said.split()[-1], said
+
     before = reached()
     assert {"22", "8000", "6390"} <= before
     rules = "~/greenprompt/.venv/bin/greenprompt firewall ~/cluster.yaml"
-    text = cluster.net.host("desk").run(rules)
+    desk = cluster.net.host("desk")
+    text = desk.run(rules)
+    (neighbour.home / "cluster.yaml").write_bytes((desk.home / "cluster.yaml").read_bytes())
+    status, said = checked("1024-65535")
+    assert status == "1", said
+    assert f"{head.address}:6390 is exposed: Ray's GCS" in said
+    assert said.count("0 not tried") == 1 + len(cluster.workers), said
+    (head.home / "checked.yaml").write_bytes((desk.home / "cluster.yaml").read_bytes())
+    own = ".venv/bin/greenprompt firewall ~/checked.yaml --check"
+    assert f"this host is {head.address}" in head.run(own, check=False)
     try:
         for name in ("head", *cluster.workers):
             cluster.net.host(name).run(f"nft -f - <<'RULES'\n{text}\nRULES")
         assert reached() == {"22", "8000"}
+        status, said = checked("6000-9999")  # filtered ports take their time
+        assert status == "0", said
+        assert said.count(": 0 exposed, 2 allowed") == 1 + len(cluster.workers), said
         (request_id,) = cluster.post(time.time_ns(), "a")
         lease = cluster.until(request_id, "deployed")
         assert prompt(lease["url"]).status_code == 200

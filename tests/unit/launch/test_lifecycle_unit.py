@@ -467,6 +467,18 @@ def test_people_are_told_where_the_operators_key_is(settings: Settings) -> None:
     assert line.endswith(f" {settings.state_dir / 'operator.key'}")
 
 
+@pytest.mark.parametrize(
+    ("address", "host", "told"), [("auto", "0.0.0.0", True), ("auto", "127.0.0.1", False), (None, "0.0.0.0", False)]
+)
+def test_people_are_told_how_to_check_open_ports(
+    settings: Settings, address: str | None, host: str, told: bool
+) -> None:
+    """On a cluster that others can reach, a line has the command, with the port of these settings."""
+    changed = {"ray": RaySettings(address=address), "http": settings.http.model_copy(update={"host": host})}
+    text = "\n".join(ready_lines(settings.model_copy(update=changed), {"url": "http://x", "dashboard": "http://d"}))
+    assert (f"greenprompt firewall cluster.yaml --check --port {settings.http.port}" in text) is told
+
+
 # --- detached ----------------------------------------------------------------------------------------------
 
 
