@@ -9,8 +9,10 @@ from typing import Any
 
 import certifi
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from jwt import PyJWK
 from jwt.algorithms import ECAlgorithm
+from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from deployments.serve import issuer_keys
@@ -299,6 +301,36 @@ async def test_what_an_issuer_must_not_answer(issuer: Issuer) -> None:
     assert set(issuer.site.asked) == {CONFIGURATION, KEYS}
 
 
+async def test_an_answer_without_end_is_not_read_to_its_end(clock: ManualClock) -> None:
+    """The connection is closed when MAX_BYTES have come, so that the memory is bounded; the log has the reason."""
+    sent = 0
+
+    async def endless(_scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal sent
+        await receive()
+        gone = asyncio.ensure_future(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done() and sent < 100 * MAX_BYTES:
+            await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
+            sent += 65536
+        await gone
+
+    async with served(endless) as port:
+        with capture_logs() as logs, pytest.raises(JWTNotChecked):
+            await keys_of(settings(jwks_url=f"http://127.0.0.1:{port}/keys")).fitting("r1", "RS256")
+    assert "more than 256 KiB" in logs[0]["reason"]
+    assert sent < 100 * MAX_BYTES
+
+
+async def test_keys_of_an_issuer_on_this_machine_come_directly(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read without encryption, so no proxy of the environment may see or change them."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert len(await keys_of(issuer.settings()).fitting("r1", "RS256")) == 1
+
+
 NAMED: dict[str | None, str] = {
     "https://evil.example/keys": "another host",
     "http://127.0.0.1:1/keys": "another host",
@@ -338,6 +370,7 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
             jwk(rsa_key(), "long", n=part(b"\xff" * 1025)),
             jwk(ec_key(), "curve", crv="P-384"),
             jwk(ec_key(), "point", x="AAAA"),
+            jwk(ec.generate_private_key(ec.SECP384R1()), "curve of ES384"),
             {**jwk(rsa_key(), None), "kid": 7},
             {"kty": "RSA", "n": 7, "e": 7, "kid": "numbers"},
             {"kty": ["RSA"]},

@@ -233,6 +233,7 @@ ATTACKS: dict[str, tuple[Callable[[], str], str]] = {
     "role as part of a text": (_with_claims(groups="staff llm-users"), _NO_ROLE),
     "two roles": (_with_claims(groups=["llm-users", "llm-admins"]), "several roles: client and operator"),
     "no tenant": (_with_claims(tenant=None), "no claim tenant"),
+    "empty tenant": (_with_claims(tenant=""), _TENANT),
     "invalid tenant": (_with_claims(tenant="a b"), _TENANT),
     "tenant with a line break": (_with_claims(tenant="lab\n"), _TENANT),
     "tenant as a number": (_with_claims(tenant=7), _TENANT),
