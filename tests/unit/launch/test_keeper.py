@@ -291,11 +291,11 @@ def test_ends_after_sigterm(code: str, orderly: bool) -> None:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["python", "/opt/bin/ray", "stop"], True),
-        (["python", "/opt/bin/ray", "stop", "--force"], True),
+        (["python", "/bin/ray", "stop"], True),
+        (["python", "/bin/ray", "stop", "--force"], True),
         (["python", "-m", "ray.scripts.scripts", "stop"], True),
         (["bash", "-c", "ray stop"], False),
-        (["python", "/opt/bin/ray", "start"], False),
+        (["python", "/bin/ray", "start"], False),
         (["vi", "array", "stop"], False),
         ([], False),
     ],
