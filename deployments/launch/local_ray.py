@@ -19,6 +19,7 @@ from random import Random
 import structlog
 
 from deployments.launch.haproxy import haproxy_environment
+from deployments.launch.ray_tls import require_tls_files
 from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.private_files import private_folder, write_private
 from deployments.machine.worker_environment import FILE_NAME, hide_secrets
@@ -95,9 +96,11 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     so our files are not in it.
 
     Raises:
-        BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray.
+        BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray; or Ray's TLS is
+            wanted, and its files can't be used.
         OSError: There are no free ports for HAProxy.
     """
+    require_tls_files(os.environ)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     secrets_file = settings.state_dir / FILE_NAME
     try:

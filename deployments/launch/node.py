@@ -26,6 +26,7 @@ from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
 from deployments.launch.ray_commands import RayStart
+from deployments.launch.ray_tls import require_tls_files
 from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.machine.private_files import open_private, private_folder
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
@@ -53,8 +54,8 @@ _OUTLIVE_THE_HEAD = {"RAY_gcs_rpc_server_reconnect_timeout_s": "120"}
 # Ray's autoscaler v2 counts an on-premise head as one of the machines, and then omits the last machine (Ray 2.60).
 _KNOWS_THE_HEAD = {"RAY_enable_autoscaler_v2": "0"}
 
-# Prefix of the variables that an operator sets for Ray in cluster.yaml: where the head's state is stored.
-_RAYS_STORE = "RAY_REDIS_"
+# Prefixes of the variables that an operator sets for Ray in cluster.yaml: where the head's state is stored, and TLS.
+_FOR_RAY = ("RAY_REDIS_", "RAY_USE_TLS", "RAY_TLS_")
 
 # Set by the cluster launcher; with them, engines on machines without GPU would have one thread each.
 _NOT_OURS = ("OMP_NUM_THREADS", "PYTHONWARNINGS")
@@ -69,8 +70,8 @@ def start_ray(options: Sequence[str]) -> bool:
 
     Raises:
         BadSettings: HAProxy's package is not installed or does not fit this version of Ray, the access token is
-            missing or open to others, the node's folder is not this user's alone, or the autoscaling configuration
-            can't be read, or secrets can't be written.
+            missing or open to others, the files of Ray's TLS can't be used, the node's folder is not this user's
+            alone, or the autoscaling configuration can't be read, or secrets can't be written.
         StartFailed: Ray does not start; its own message is on standard output.
     """
     # If a launcher loses its connection, it retries while its first command still runs here: without the lock there
@@ -120,7 +121,7 @@ def _in_own_folder(folder: Path, options: Sequence[str]) -> Sequence[str]:
 
 def _start_ray(options: Sequence[str], folder: Path) -> bool:
     environment = node_environment(folder)
-    told = {name: value for name, value in os.environ.items() if name.startswith(_RAYS_STORE)} | forwarded_environment()
+    told = {name: value for name, value in os.environ.items() if name.startswith(_FOR_RAY)} | forwarded_environment()
     told |= secret_environment(os.environ)
     started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
     # With another token, Ray's new processes could not join the old ones, and replicas would refuse HAProxy's requests.
@@ -154,6 +155,7 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
 def node_environment(folder: Path) -> dict[str, str]:
     """Return the environment of Ray's processes on a node; writes HAProxy's files to its folder. Raises BadSettings."""
     require_own_token()
+    require_tls_files(os.environ)
     temporary = private_folder(folder / TEMPORARY)
     return {
         **({} if "TMPDIR" in os.environ else {"TMPDIR": str(temporary)}),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from deployments.launch import ray_tls
 from deployments.machine.private_files import require_unchanged_by_others, write_private
 from deployments.machine.worker_environment import is_secret
 from registry.environment import ENV_PREFIX
@@ -61,4 +62,5 @@ def remembered() -> UpCommand | None:
 def _needed(environment: Mapping[str, str]) -> dict[str, str]:
     """Leave out secrets that are not settings of the registry: the command reads none of them."""
     settings = {name for name in environment if name.startswith(ENV_PREFIX)} - {"GREENPROMPT_API_KEY"}
+    settings |= environment.keys() & set(ray_tls.FILES)  # the key's variable has its path
     return {name: value for name, value in environment.items() if name in settings or not is_secret(name, value)}

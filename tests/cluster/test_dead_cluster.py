@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
 
 
-def end_with_a_call(process: psutil.Process) -> None:
+def call_without_a_token(process: psutil.Process) -> None:
     """Send what the report for Ray sends, to each port of the process, until it has ended."""
     script = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
     assert len(script) == 1
@@ -38,6 +38,11 @@ def end_with_a_call(process: psutil.Process) -> None:
             subprocess.run(
                 [sys.executable, "-c", script[0], address], check=True, timeout=60, stdout=subprocess.DEVNULL
             )
+
+
+def end_with_a_call(process: psutil.Process) -> None:
+    """End a GCS or a raylet as a stranger can."""
+    call_without_a_token(process)
     process.wait(30)
 
 

@@ -118,18 +118,18 @@ class Front:
         return httpx.Client(base_url=self.url, transport=transport, timeout=10)
 
 
-def made_certificates(folder: Path) -> Path:
-    """Make a CA and a certificate of ``localhost``; return the file of the CA."""
+def made_certificates(folder: Path, names: str = "DNS:localhost,DNS:other.example") -> Path:
+    """Make a CA and a certificate with these names; return the file of the CA."""
     ca, key, crt = folder / "ca.pem", folder / "registry.key", folder / "registry.crt"
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     # From Python 3.13 on, ssl insists on what the keys are for.
     uses = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
     own = ["-subj", "/CN=our CA", *uses, "-keyout", f"{folder}/ca.key", "-out", str(ca)]
     subprocess.run([*new, *own], check=True, capture_output=True)
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,DNS:other.example"]
-    names += ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
+    own = ["-subj", "/CN=localhost", "-addext", f"subjectAltName={names}"]
+    own += ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
     signed = ["-CA", str(ca), "-CAkey", f"{folder}/ca.key", "-keyout", str(key), "-out", str(crt)]
-    subprocess.run([*new, *names, *signed], check=True, capture_output=True)
+    subprocess.run([*new, *own, *signed], check=True, capture_output=True)
     (folder / "both.pem").write_bytes(crt.read_bytes() + key.read_bytes())
     return ca
 

@@ -148,7 +148,7 @@ def test_new_code_is_a_reason(ran: Callable[[], list[list[str]]], monkeypatch: p
     assert start_ray(OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["RAY_REDIS_ADDRESS", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"])
+@pytest.mark.parametrize("name", ["RAY_REDIS_ADDRESS", "RAY_TLS_LATER", "HF_TOKEN", "VLLM_ATTENTION_BACKEND"])
 def test_what_the_operator_sets_is_a_reason(
     ran: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -43,6 +43,15 @@ def test_only_its_owner_can_read_it(home: Path) -> None:
     assert [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent)] == [0o600, 0o700]
 
 
+def test_the_path_of_a_key_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Ray's TLS, no command can connect to Ray without it."""
+    monkeypatch.setenv("RAY_TLS_SERVER_KEY", "/etc/ray/key.pem")
+    up_again.remember(["greenprompt", "up"])
+    found = up_again.remembered()
+    assert found is not None
+    assert found.environment["RAY_TLS_SERVER_KEY"] == "/etc/ray/key.pem"
+
+
 def test_only_the_secrets_that_are_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry can't start without the URL of its database; tokens, keys and proxies' passwords are left out."""
     url = "postgresql+psycopg://me:pass@db/registry"

@@ -1,0 +1,78 @@
+"""Whether the files of Ray's TLS are checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.launch.ray_tls import CA, CERTIFICATE, FILES, KEY, SWITCH, require_tls_files
+from registry.errors import BadSettings
+from tests.support.tls_front import made_certificates
+
+Environment = dict[str, str]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """Ray's variables for TLS, with files that fit."""
+    ca = made_certificates(tmp_path)
+    (tmp_path / "registry.key").chmod(0o600)
+    files = {CERTIFICATE: f"{tmp_path}/registry.crt", KEY: f"{tmp_path}/registry.key", CA: str(ca)}
+    return {SWITCH: "1", **files}
+
+
+def test_files_that_fit_are_taken(environment: Environment) -> None:
+    """With each spelling that Ray knows; and without TLS there is nothing to check."""
+    require_tls_files(environment)
+    require_tls_files({**environment, SWITCH: "True"})
+    require_tls_files({})
+    require_tls_files({SWITCH: "0"})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_variable_that_is_missing_is_named(environment: Environment, name: str) -> None:
+    """Ray itself would fail somewhere in its start."""
+    for broken in ({**environment, name: ""}, {each: environment[each] for each in environment if each != name}):
+        with pytest.raises(BadSettings, match=f"{name}: is missing"):
+            require_tls_files(broken)
+
+
+@pytest.mark.parametrize("value", ["0", "yes", ""])
+def test_files_without_the_switch_are_no_tls(environment: Environment, value: str) -> None:
+    """Somebody believes that the connections are encrypted, and they are not."""
+    with pytest.raises(BadSettings, match=f"{CERTIFICATE}: has no effect without {SWITCH}=1"):
+        require_tls_files({**environment, SWITCH: value})
+
+
+def _other_ca(folder: Path) -> None:
+    (folder / "ca.pem").write_text("no certificate")
+
+
+def _other_key(folder: Path) -> None:
+    new = folder / "new"
+    new.mkdir()
+    made_certificates(new)
+    (folder / "registry.key").write_bytes((new / "registry.key").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda folder: (folder / "registry.crt").unlink(), f"{CERTIFICATE}: .* can't be read"),
+        (lambda folder: (folder / "ca.pem").unlink(), f"{CA}: .* can't be read"),
+        (lambda folder: (folder / "registry.key").chmod(0o640), f"{KEY}: other users have access to .* `chmod 600`"),
+        (lambda folder: (folder / "registry.crt").write_text("x"), f"{CERTIFICATE}: is no certificate of the key"),
+        (_other_key, f"{CERTIFICATE}: is no certificate of the key"),
+        (_other_ca, f"{CA}: has no certificate"),
+    ],
+    ids=["no certificate", "no CA", "an open key", "noise", "another key", "noise for a CA"],
+)
+def test_files_that_can_not_be_used_are_named(
+    environment: Environment, tmp_path: Path, change: Callable[[Path], object], problem: str
+) -> None:
+    """With the variable, and what to do."""
+    change(tmp_path)
+    with pytest.raises(BadSettings, match=problem):
+        require_tls_files(environment)
