@@ -1,8 +1,8 @@
 """A process on the head of a cluster that starts Ray and the registry again when Ray's GCS or raylet dies.
 
 ``greenprompt ray-start --head`` leaves it in the background. It runs ``ray start``, and the kernel makes it the parent
-of Ray's processes. So it knows how each of them ended. Ray exits with 0 after SIGTERM, which ``ray stop`` sends, and
-the keeper then ends, too. If it is killed itself, Ray keeps running, but is not started again.
+of Ray's processes. So it hears of each end at once. If a ``ray stop`` runs at that moment, the keeper ends, too. If it
+is killed itself, Ray keeps running, but is not started again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -39,7 +38,6 @@ from deployments.launch.restarts import (
     end_words,
     heed_signals,
     ignore_signals,
-    vital_processes,
 )
 from deployments.machine.private_files import open_private
 from deployments.serve.logs import configure_logging
@@ -62,6 +60,9 @@ UP_LIMIT_S = 600
 
 END_LIMIT_S = 20.0
 """Longest wait for the end of a keeper after SIGTERM, seconds; then it is killed."""
+
+END_POLL_S = 0.01
+"""Pause before each signal, seconds: a keeper that ends by itself has removed its pid by then."""
 
 ADOPTION_LIMIT_S = 5.0
 """Longest wait until Ray's processes are children of this process, after ``ray start``, seconds."""
@@ -90,7 +91,7 @@ def launch(folder: Path, start: RayStart) -> None:
     with ours:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.launch.keeper"],
+                [sys.executable, "-P", "-m", "deployments.launch.keeper"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -121,9 +122,16 @@ def is_running(folder: Path) -> bool:
 
 
 def end(folder: Path) -> None:
-    """End the keeper of this node, if one runs, without an effect on Ray. Blocks up to END_LIMIT_S."""
+    """End the keeper of this node, if one runs, without an effect on Ray. Blocks up to 2 * END_LIMIT_S.
+
+    Raises:
+        StartFailed: It does not end, e.g. because it runs in another container.
+    """
     deadline_s = time.monotonic() + END_LIMIT_S
     while (pid := _holder(folder)) is not None:
+        if time.monotonic() > deadline_s + END_LIMIT_S:
+            raise StartFailed(f"process {pid}, which starts Ray again, does not end; end it where it runs")
+        time.sleep(END_POLL_S)
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(pid)
             try:
@@ -173,11 +181,14 @@ class Keeper:
     def begin(self) -> dict[str, Any]:
         """Start Ray for the first time. Return what it printed, and the problem if it did not start, else None."""
         _adopt_orphans()
-        with tempfile.TemporaryFile("w+") as output:
+        with tempfile.TemporaryFile("w+", dir=self._folder) as output:
             try:
                 self._run(output)
             except StartFailed as error:
                 return {"output": _text(output), "problem": str(error)}
+            except OSError as error:  # e.g. the disk is full: a Ray that is not recorded would be started twice
+                self._start.stop(output)
+                return {"output": _text(output), "problem": f"its start can't be recorded: {error}"}
             return {"output": _text(output), "problem": None}
 
     # D136: a head that dies is started again
@@ -186,8 +197,9 @@ class Keeper:
         while (problem := _first_death(self._vital)) is not None:
             with _StopWatch() as stops:
                 if not self._start_again(problem, stops):
-                    return
-        log.info("Ray was stopped")
+                    break
+        else:
+            log.info("Ray was stopped")
         up_again.forget()
 
     def _start_again(self, problem: str, stops: _StopWatch) -> bool:
@@ -195,66 +207,102 @@ class Keeper:
         while (pause_s := self._restarts.next_pause_s()) is not None:
             log.warning("Ray died and is started again", problem=problem, pause_s=pause_s)
             if stops.wait(pause_s):
+                log.info("Ray was stopped")
                 return False
-            with open_private(self._folder / NODE_LOCK, "w") as lock, tempfile.TemporaryFile("w+") as output:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                try:
-                    self._run(output)
-                except StartFailed as error:
-                    problem = str(error)
-                    log.error("Ray does not start", problem=problem, output=_text(output)[-_SHOWN:])  # noqa: TRY400
-                else:
-                    problem = ""
-                if stops.seen():
-                    log.info("Ray was stopped during its restart")
-                    self._start.stop(output)
-                    return False
-            if not problem:
-                return _registry_again(stops)
+            try:
+                stopped = self._run_unless_stopped(stops)
+            except (StartFailed, OSError) as error:
+                problem = str(error)
+                continue
+            return not stopped and self._registry_again(stops)
         log.error(
             "Ray is not started any more; run `ray up --restart-only` when the cause is removed",
             problem=problem,
             restarts=len(PAUSES_S),
             window_s=WINDOW_S,
         )
+        with suppress(StartFailed):  # there may be nothing to stop
+            self._start.stop()
         return False
 
+    def _run_unless_stopped(self, stops: _StopWatch) -> bool:
+        """Start Ray. Return True if it was stopped meanwhile, by a `ray stop` that may have come too early.
 
-def _registry_again(stops: _StopWatch) -> bool:
-    """Repeat the command that started the registry, if there was one, until it succeeds. Return False after a stop.
-
-    If a registry runs, as with Redis, the command has no effect. After some failures, the registry is left to a person.
-    """
-    for pause_s in PAUSES_S:
-        if stops.wait(pause_s):
-            return False
-        up = up_again.remembered()
-        if up is None:  # also if `greenprompt down` has ended the registry meanwhile
-            return True
-        with tempfile.TemporaryFile("w+") as output:
+        Raises:
+            StartFailed: Ray does not start; its output is logged.
+            OSError: A file in the node's folder can't be written.
+        """
+        lock_file = open_private(self._folder / NODE_LOCK, "w")
+        with lock_file as lock, tempfile.TemporaryFile("w+", dir=self._folder) as output:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                done = subprocess.run(
-                    up.command,
-                    cwd=up.folder,
-                    env=up.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=UP_LIMIT_S,
-                    check=False,
-                )
-                problem = f"it ended with {done.returncode}" if done.returncode else None
-            except (OSError, subprocess.TimeoutExpired) as error:
-                problem = str(error)
-            text = _text(output)[-_SHOWN:]
-        if problem is None:
-            log.info("the registry was started again")
-            return True
-        log.error("the registry does not start", problem=problem, output=text)
-        if len(vital_processes()) < len(VITAL):
-            return True  # the next restart of Ray tries again
-    log.error("the registry is not started any more; run `greenprompt up` when the cause is removed")
-    return True
+                self._run(output)
+            except StartFailed as error:
+                log.error("Ray does not start", problem=str(error), output=_text(output)[-_SHOWN:])  # noqa: TRY400
+                if not stops.seen():
+                    raise
+            if stops.seen():
+                log.info("Ray was stopped during its restart")
+                self._start.stop(output)
+                return True
+        return False
+
+    def _registry_again(self, stops: _StopWatch) -> bool:
+        """Repeat the command that started the registry, if there was one, until it succeeds. Return False after a stop.
+
+        If a registry runs, as with Redis, the command has no effect. After some failures, the registry is left to a
+        person.
+        """
+        for pause_s in PAUSES_S:
+            if stops.wait(pause_s):
+                return False
+            up = up_again.remembered()
+            if up is None:  # also if `greenprompt down` has ended the registry meanwhile
+                return True
+            with tempfile.TemporaryFile("w+", dir=self._folder) as output:
+                problem = self._run_up(up, output, stops)
+                text = _text(output)[-_SHOWN:]
+            if problem is None:
+                log.info("the registry was started again")
+                return True
+            log.error("the registry does not start", problem=problem, output=text)
+            if self._has_died():
+                return True  # the next restart of Ray tries again
+        log.error("the registry is not started any more; run `greenprompt up` when the cause is removed")
+        return True
+
+    def _run_up(self, up: up_again.UpCommand, output: IO[str], stops: _StopWatch) -> str | None:
+        """Run the command, but not longer than Ray, the record of the command, or UP_LIMIT_S. Return a problem."""
+        try:
+            process = subprocess.Popen(
+                up.command,
+                cwd=up.folder,
+                env={**up.environment, up_again.REPEATED: "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            return str(error)
+        deadline_s = time.monotonic() + UP_LIMIT_S
+        try:
+            while process.poll() is None:
+                if stops.wait(STOP_POLL_S):
+                    return "Ray was stopped"
+                if self._has_died():
+                    return "Ray died again"
+                if up_again.remembered() is None:
+                    return "`greenprompt down` has ended the registry"
+                if time.monotonic() > deadline_s:
+                    return f"it did not end within {UP_LIMIT_S} s"
+        finally:
+            process.kill()
+            process.wait()
+        return f"it ended with {process.returncode}" if process.returncode else None
+
+    def _has_died(self) -> bool:
+        """Whether a vital process of Ray has ended; it is not reaped yet."""
+        return any(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in self._vital)
 
 
 def _vital_children() -> dict[int, str]:
@@ -272,8 +320,9 @@ def _first_death(vital: Mapping[int, str]) -> str | None:
     while True:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         assert ended is not None  # only with WNOHANG
-        # Before it is reaped, because a `ray stop --force` may wait for that.
-        stopped = ended.si_pid in vital and (_is_orderly(ended) or _ray_stop_runs())
+        # Before it is reaped: a `ray stop` waits for that, so it still runs. The exit status does not tell: a raylet
+        # whose agent was killed exits with 0, as after SIGTERM.
+        stopped = ended.si_pid in vital and _ray_stop_runs()
         os.waitpid(ended.si_pid, 0)
         if stopped:
             return None
@@ -282,30 +331,34 @@ def _first_death(vital: Mapping[int, str]) -> str | None:
             return f"Ray's {vital[ended.si_pid]} {end_words(by_signal)}"
 
 
-def _is_orderly(ended: os.waitid_result) -> bool:
-    """Whether a process of Ray ended as after SIGTERM. After a crash its exit status is not 0."""
-    by_itself = ended.si_code == os.CLD_EXITED
-    return ended.si_status == (0 if by_itself else signal.SIGTERM)
-
-
 def _ray_stop_runs() -> bool:
-    """Whether this user or root runs ``ray stop``, other than this process itself."""
+    """Whether this user or root runs ``ray stop`` on this machine, other than this process itself."""
     users = {0, os.getuid()}
     for process in psutil.process_iter(["cmdline", "uids", "ppid"]):
         uids = process.info["uids"]
         if uids is None or uids.real not in users or process.info["ppid"] == os.getpid():
             continue
-        if _is_ray_stop(process.info["cmdline"] or []):
+        if _is_ray_stop(process.info["cmdline"] or []) and not _is_in_a_container(process.pid):
             return True
     return False
 
 
 def _is_ray_stop(words: Sequence[str]) -> bool:
-    """Whether this command line is one of ``ray stop``."""
-    return any(
-        command == "stop" and (Path(program).name == "ray" or program == "ray.scripts.scripts")
-        for program, command in pairwise(words)
-    )
+    """Whether this command line is one of ``ray stop``, and not of a program that has these words as arguments."""
+    program, *rest = [Path(words[0]).name, *words[1:]] if words else [""]
+    if program.startswith("python") and rest:
+        program, *rest = rest[1:] if rest[0] == "-m" and len(rest) > 1 else [Path(rest[0]).name, *rest[1:]]
+    return program in ("ray", "ray.scripts.scripts") and next((word for word in rest if word[0:1] != "-"), "") == "stop"
+
+
+def _is_in_a_container(pid: int) -> bool:
+    """Whether a process has other process numbers than this one, so that its ``ray stop`` finds other processes."""
+    try:
+        return Path(f"/proc/{pid}/ns/pid").stat().st_ino != Path("/proc/self/ns/pid").stat().st_ino
+    except PermissionError:  # it belongs to root
+        return False
+    except OSError:  # it has ended
+        return True
 
 
 class _StopWatch:
@@ -351,9 +404,11 @@ def _text(file: IO[str]) -> str:
 
 def main() -> None:
     """Run a keeper. Standard input is a socket: the plan is read from it, and the result of the start is written."""
-    with socket.socket(fileno=os.dup(0)) as connection, connection.makefile("rw", encoding="utf-8") as channel:
+    with socket.socket(fileno=os.dup(0)) as connection:
         os.dup2(1, 0)  # /dev/null: the socket must not stay open
-        if not (line := channel.readline()):  # the caller was killed
+        with connection.makefile(encoding="utf-8") as channel:
+            line = channel.readline()
+        if not line:  # the caller was killed
             return
         plan = json.loads(line)
         folder = Path(plan.pop("folder"))
@@ -366,14 +421,24 @@ def main() -> None:
             keeper = Keeper(RayStart(environment=dict(os.environ), **plan), folder)
             with suppress(StopWanted):
                 heed_signals()
-                answer = keeper.begin()
-                channel.write(f"{json.dumps(answer)}\n")
-                channel.close()
-                connection.close()
-                if answer["problem"] is None:
-                    keeper.keep()
+                _run(keeper, connection)
             ignore_signals()
             lock.truncate(0)
+
+
+def _run(keeper: Keeper, connection: socket.socket) -> None:
+    try:
+        answer = keeper.begin()
+        with suppress(
+            OSError
+        ):  # the caller was killed, e.g. with its connection by ssh; the next one finds Ray running
+            connection.sendall(f"{json.dumps(answer)}\n".encode())
+        connection.close()
+        if answer["problem"] is None:
+            keeper.keep()
+    except Exception:
+        log.exception("the process that starts Ray again failed; run `ray stop`, and start Ray again to have another")
+        raise
 
 
 if __name__ == "__main__":

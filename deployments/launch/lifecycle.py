@@ -172,15 +172,15 @@ def ready_lines(settings: Settings, ready: dict[str, Any]) -> list[str]:
 def start_on_cluster(settings: Settings, command: list[str], *, say: Say) -> None:
     """Start the registry on the cluster of ``ray.address``; it keeps running when this process ends.
 
-    If one runs there already, it is not changed. On the head, ``command``, which does this, is remembered for the
-    keeper, which repeats it when it has started Ray again. Raises RegistryError.
+    If one runs there already, it is not changed. On the head, the keeper repeats ``command`` when it has started Ray
+    again. So ``command`` should be the one that calls this. Raises RegistryError.
     """
     _become_driver(settings)
     from deployments.serve import app
 
     for line in ready_lines(settings, app.start(settings, None)._asdict()):
         say(line)
-    if head_is_kept():
+    if head_is_kept() and up_again.REPEATED not in os.environ:
         try:
             up_again.remember(command)
         except OSError as error:
@@ -236,9 +236,9 @@ def end(settings: Settings, *, say: Say) -> None:
         _become_driver(settings)
         from deployments.serve import app
 
-        up_again.forget()
         app.join_ray(settings, None)
         app.stop(settings)
+        up_again.forget()
         say("The registry of the cluster is down.")
         return
     pid = _holder(settings)

@@ -9,10 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
+
 from deployments.launch import ray_tls
 from deployments.machine.private_files import require_unchanged_by_others, write_private
 from deployments.machine.worker_environment import is_secret
 from registry.environment import ENV_PREFIX
+
+log = structlog.get_logger("deployments.launch.up_again")
+
+REPEATED = "GREENPROMPT_REPEATED_UP"
+"""Variable with which the keeper repeats the command. It is not remembered then: ``down`` may have forgotten it."""
 
 
 class UpCommand(NamedTuple):
@@ -52,15 +59,18 @@ def forget() -> None:
 
 
 def remembered() -> UpCommand | None:
-    """Return the remembered command, None if there is none."""
+    """Return the remembered command, None if there is none. A file that can't be read is logged, and counts as none."""
     try:
         return UpCommand(*json.loads(command_file().read_bytes()))
     except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        log.error("the command that starts the registry is not known", problem=str(error))  # noqa: TRY400
         return None
 
 
 def _needed(environment: Mapping[str, str]) -> dict[str, str]:
     """Leave out secrets that are not settings of the registry: the command reads none of them."""
-    settings = {name for name in environment if name.startswith(ENV_PREFIX)} - {"GREENPROMPT_API_KEY"}
+    settings = {name for name in environment if name.upper().startswith(ENV_PREFIX)} - {"GREENPROMPT_API_KEY"}
     settings |= environment.keys() & set(ray_tls.FILES)  # the key's variable has its path
     return {name: value for name, value in environment.items() if name in settings or not is_secret(name, value)}

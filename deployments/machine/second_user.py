@@ -244,7 +244,7 @@ def require_usable(user: SecondUser, home: Path) -> None:
     paths = [str(program), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],
             env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(paths)},
             cwd="/",
             stdin=subprocess.DEVNULL,

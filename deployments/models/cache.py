@@ -138,7 +138,7 @@ async def _download(order: DownloadOrder, on_progress: Callable[[Download], obje
         DownloadFailed: The download's own error, or the process ended without a result.
     """
     process = subprocess.Popen(  # noqa: ASYNC220 - asyncio's own needs a child watcher, which not every loop has
-        [sys.executable, "-m", "deployments.models.download", json.dumps(asdict(order))],
+        [sys.executable, "-P", "-m", "deployments.models.download", json.dumps(asdict(order))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -183,5 +183,5 @@ def _settings(config: Path, address: str | None) -> Settings:
 
 
 def _up_command(config: Path, address: str | None) -> list[str]:
-    command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
+    command = [sys.executable, "-P", "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
     return [*command, "--address", address] if address else command

@@ -211,7 +211,7 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
             "GREENPROMPT_HTTP__PORT": str(port),
             "GREENPROMPT_RAY__DASHBOARD_PORT": str(dashboard_port),
         }
-        command = [sys.executable, "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
+        command = [sys.executable, "-P", "-m", "greenprompt_client.cli.main", "up", "--config", str(config.absolute())]
         host = LOOPBACK_OF.get(settings.http.host, settings.http.host)
         log = Path(folder) / "up.log"
         console.print("$ greenprompt up", style="bold")
