@@ -7,14 +7,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import resource
 import socket
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import psutil
@@ -40,11 +41,17 @@ MOST_AT_ONCE = 1000
 FILES_LEFT = 64
 """Open files of the process that the check does not use."""
 
-PROGRESS_EVERY = 500
-"""Number of tried ports after which the progress is shown."""
+FEW_AT_ONCE = 50
+"""Most connections at once when the known ports are tried again. No router on the way is too small for these."""
 
-# A firewall, or a router before it, refuses with such a message of ICMP.
-_REFUSED_BY_NETWORK = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+PAUSE_S = 5.0
+"""Time until a batch is tried again after packets were lost, seconds."""
+
+# A firewall, or a router before it, refuses with such a message of ICMP. If connect fails with one at once, it is
+# this host that has no route.
+_UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+
+_NO_TIME = "the time limit was reached; raise --time-limit, or try them with --ports"
 
 
 class Answer(Enum):
@@ -55,7 +62,7 @@ class Answer(Enum):
     FILTERED = "filtered"
 
 
-@dataclass
+@dataclass(eq=False)
 class MachineCheck:
     """What is known of the ports of a machine."""
 
@@ -64,15 +71,31 @@ class MachineCheck:
     http_port: int
     answers: dict[int, Answer] = field(default_factory=dict)
     """By port. Ports without an entry were not tried, or this host could not try them."""
-    problem: str | None = None
-    """Why this host could not try a port."""
-    answers_last: bool = False
-    """Whether an allowed port answered again after all others were tried."""
+    problems: dict[int, str] = field(default_factory=dict)
+    """By port without an answer: why this host could not try it."""
 
     @property
     def allowed(self) -> tuple[int, ...]:
         """The ports that may be open."""
         return tuple(sorted({SSH, self.http_port}))
+
+    @property
+    def control(self) -> int | None:
+        """An allowed port that was open: while it answers, packets reach the machine.
+
+        Not ssh if there is a choice: sshd may lock out a host that connects often without logging in.
+        """
+        return next((port for port in (self.http_port, SSH) if self.answers.get(port) is Answer.OPEN), None)
+
+    def record(self, port: int, answer: Answer) -> None:
+        """Keep the answer of a port."""
+        self.answers[port] = answer
+        self.problems.pop(port, None)
+
+    def take_back(self, port: int, problem: str) -> None:
+        """Count a port as not tried."""
+        self.answers.pop(port, None)
+        self.problems[port] = problem
 
     def having(self, answer: Answer) -> list[int]:
         """Return the ports with this answer, sorted."""
@@ -94,12 +117,15 @@ class MachineCheck:
         allowed = " and ".join(map(str, self.allowed))
         if not any(self.answers.get(port) is Answer.OPEN for port in self.allowed):
             found.append(f"none of the ports {allowed} answers, so this host may not reach the machine at all")
-        elif not self.not_tried and not self.answers_last:
-            found.append(f"the ports {allowed} answer no more, so the others may have been unreachable, too")
-        if self.not_tried:
-            reason = self.problem or "the time limit was reached; raise --time-limit, or try them with --ports"
-            found.append(f"not tried: {shown(self.not_tried)} ({reason})")
+        by_reason = defaultdict(list)
+        for port in self.not_tried:
+            by_reason[self.problems.get(port, _NO_TIME)].append(port)
+        found += [f"not tried: {shown(ports)} ({reason})" for reason, ports in by_reason.items()]
         return found
+
+
+Place = tuple[MachineCheck, int]
+"""A port of a machine."""
 
 
 async def check_ports(
@@ -114,48 +140,131 @@ async def check_ports(
     """Try to connect to TCP ports of machines; return a result for each machine. Sends no data.
 
     ``http_port`` and ssh are tried in any case. Ends after ``limit_s`` seconds; what was not tried by then has no
-    answer. ``at_once``: most connections at a time. ``on_progress`` gets the number of ports tried, and of all.
+    answer. ``at_once``: most connections at a time. ``on_progress`` gets the number of ports tried, and of all, after
+    each batch.
     """
     wanted = list(ports)
     checks = [MachineCheck(machine, wanted, http_port) for machine in machines]
-    places = _in_order(checks, set(wanted))
     done, total = 0, sum(len({*check.ports, *check.allowed}) for check in checks)
-
-    async def work() -> None:
-        nonlocal done
-        for check, port in places:
-            await _try_port(check, port)
-            done += 1
-            if done % PROGRESS_EVERY == 0:
-                on_progress(done, total)
-
-    tried = iter(checks)
-
-    async def work_again() -> None:
-        for check in tried:
-            check.answers_last = await _still_answers(check)
-
     try:
         async with asyncio.timeout(limit_s):
-            await _side_by_side(work, min(at_once, total))
-            # If this host lost its network in between, all ports since then look filtered.
-            await _side_by_side(work_again, min(at_once, len(checks)))
+            for batch in _batches(checks, set(wanted), at_once):
+                await _try_twice(batch, at_once)
+                done += len(batch)
+                on_progress(done, total)
+            # A router on the way may have lost some packets of many.
+            known = [(check, port) for port in FIRST for check in checks]
+            silent = [(check, port) for check, port in known if check.answers.get(port) is Answer.FILTERED]
+            few = min(FEW_AT_ONCE, at_once)
+            for batch in _in_parts(iter(silent), few):
+                await _try_twice(batch, few)
     except TimeoutError:
         pass  # the results say what was not tried
     return checks
 
 
-async def _side_by_side(work: Callable[[], Coroutine[Any, Any, None]], number: int) -> None:
-    tasks = [spawn_awaited("try ports", work()) for _ in range(number)]
+async def _try_twice(batch: Sequence[Place], at_once: int) -> None:
+    """Try ports, and those of which this host learned nothing once more."""
+    if again := await _try_ports(batch, at_once):
+        await asyncio.sleep(PAUSE_S)
+        await _try_ports(again, at_once)
+
+
+async def _try_ports(batch: Sequence[Place], at_once: int) -> list[Place]:
+    """Try ports; return those of which this host learned nothing, although it had reached their machines before.
+
+    Ports of a machine count as filtered only if its control port answers at the same time, and again after them.
+    """
+    silent: defaultdict[MachineCheck, list[int]] = defaultdict(list)
+    lost: set[MachineCheck] = set()
+
+    async def try_port(check: MachineCheck, port: int) -> None:
+        try:
+            answer = await _answer(check.machine, port)
+        except OSError as error:  # e.g. too many open files
+            check.take_back(port, _this_host(error))
+            return
+        if answer is Answer.FILTERED:
+            silent[check].append(port)
+        else:
+            check.record(port, answer)
+
+    async def try_control(check: MachineCheck, port: int) -> None:
+        try:
+            answer = await _answer(check.machine, port)
+        except OSError:
+            answer = Answer.FILTERED
+        if answer is Answer.FILTERED:
+            lost.add(check)
+
+    controls = {check: check.control for check, _ in batch}
+    # The controls last: a router that is too small for the batch loses the last packets.
+    await _side_by_side(
+        [
+            *(try_port(check, port) for check, port in batch),
+            *(try_control(check, port) for check, port in controls.items() if port is not None),
+        ],
+        at_once,
+    )
+    await _side_by_side(
+        [try_control(check, port) for check in silent if check not in lost and (port := controls[check]) is not None],
+        at_once,
+    )
+    for check, ports in silent.items():
+        for port in ports:
+            if check in lost:
+                check.take_back(port, _packets_lost(controls[check]))
+            else:
+                check.record(port, Answer.FILTERED)
+    return [(check, port) for check, port in batch if controls[check] is not None and port not in check.answers]
+
+
+def _this_host(error: OSError) -> str:
+    return f"this host can't: {error.strerror}"
+
+
+def _packets_lost(control: int | None) -> str:
+    return (
+        f"port {control} did not answer meanwhile, so packets were lost on the way; try them with --ports, "
+        "or fewer at once with a lower `ulimit -n`"
+    )
+
+
+async def _side_by_side(works: Sequence[Coroutine[Any, Any, None]], at_once: int) -> None:
+    bound = asyncio.Semaphore(at_once)
+
+    async def bounded(work: Coroutine[Any, Any, None]) -> None:
+        async with bound:
+            await work
+
+    tasks = [spawn_awaited("try ports", bounded(work)) for work in works]
     try:
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for work in works:
+            work.close()  # those that did not start
 
 
-def _in_order(checks: Sequence[MachineCheck], wanted: set[int]) -> Iterator[tuple[MachineCheck, int]]:
+def _batches(checks: Sequence[MachineCheck], wanted: set[int], at_once: int) -> Iterator[Sequence[Place]]:
+    """Yield all ports in batches that, with a control port for each machine, are tried at once.
+
+    So if the network is lost during a batch for as long as it takes to lose a port, the control port is lost, too.
+    """
+    places = _in_order(checks, wanted)
+    size = max(1, at_once - min(len(checks), at_once // 2))
+    # Before the others, as the control port is one of them.
+    yield from _in_parts(islice(places, sum(len(check.allowed) for check in checks)), size)
+    yield from _in_parts(places, size)
+
+
+def _in_parts(places: Iterator[Place], size: int) -> Iterator[Sequence[Place]]:
+    return iter(lambda: tuple(islice(places, size)), ())
+
+
+def _in_order(checks: Sequence[MachineCheck], wanted: set[int]) -> Iterator[Place]:
     """Yield each port of each machine once: those that are known first, and the machines in turn."""
     allowed = checks[0].allowed if checks else ()
     known = [port for port in FIRST if port in wanted]
@@ -164,39 +273,26 @@ def _in_order(checks: Sequence[MachineCheck], wanted: set[int]) -> Iterator[tupl
             yield check, port
 
 
-async def _still_answers(check: MachineCheck) -> bool:
-    """Whether an allowed port that has answered does so again."""
-    for port in check.allowed:
-        if check.answers.get(port) is Answer.OPEN:
-            with suppress(OSError):
-                if await _answer(check.machine, port) is Answer.OPEN:
-                    return True
-    return False
-
-
-async def _try_port(check: MachineCheck, port: int) -> None:
-    """Record the answer of a port, or what keeps this host from trying it."""
-    try:
-        check.answers[port] = await _answer(check.machine, port)
-    except OSError as error:  # e.g. too many open files
-        check.problem = f"this host can't: {error.strerror}"
-
-
 async def _answer(machine: Address, port: int) -> Answer:
     """Return the answer of a port within CONNECT_S. Raises OSError if this host can't try it."""
     kind = socket.AF_INET if machine.version == 4 else socket.AF_INET6
     with socket.socket(kind, socket.SOCK_STREAM) as connection:
         connection.setblocking(False)
+        place = (str(machine), port)
+        failed = connection.connect_ex(place)
+        if failed in _UNREACHABLE:
+            raise OSError(failed, os.strerror(failed))
         try:
             async with asyncio.timeout(CONNECT_S):
-                await asyncio.get_running_loop().sock_connect(connection, (str(machine), port))
+                if failed:  # mostly EINPROGRESS; sock_connect may be called again then
+                    await asyncio.get_running_loop().sock_connect(connection, place)
         except TimeoutError:
             # If this process was busy, the answer may have come in time.
             return Answer.OPEN if _is_connected(connection) else Answer.FILTERED
         except (ConnectionRefusedError, ConnectionResetError):
             return Answer.CLOSED
         except OSError as error:
-            if error.errno in _REFUSED_BY_NETWORK:
+            if error.errno in _UNREACHABLE:
                 return Answer.FILTERED
             raise
     return Answer.OPEN

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import os
 import resource
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address, ip_address
@@ -140,13 +144,115 @@ async def test_a_machine_that_says_nothing_may_be_unreachable(listen: Listen) ->
     assert any("may not reach the machine" in doubt for doubt in found.doubts())
 
 
-async def test_a_network_that_is_lost_on_the_way(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the registry's port answers first and not at the end, the ports in between may have been unreachable."""
-    monkeypatch.setattr(port_check, "CONNECT_S", 0.3)
-    answers_once = listen(HEAD, backlog=0)
-    (found,) = await check(*free_ports(1), http_port=answers_once)
-    assert found.answers[answers_once] is Answer.OPEN
-    assert any("answer no more" in doubt for doubt in found.doubts())
+class Network:
+    """Answers in place of a network: the registry and Ray's GCS listen, and the firewall drops all else.
+
+    ``lost``: the calls, by their number, that get no answer in any case. ``room``: most calls at once that may get one.
+    """
+
+    HTTP, GCS = 8000, 6390
+
+    def __init__(self, lost: range = range(0), room: int = 100) -> None:
+        self.lost, self.room = lost, room
+        self.calls = self.now = self.most = 0
+        self.tried: Counter[int] = Counter()
+
+    async def answer(self, _machine: port_check.Address, port: int) -> Answer:
+        """The answer of a port."""
+        number, self.calls, self.now = self.calls, self.calls + 1, self.now + 1
+        self.most = max(self.most, self.now)
+        self.tried[port] += 1
+        arrives = number not in self.lost and self.now <= self.room
+        await asyncio.sleep(0)
+        self.now -= 1
+        return Answer.OPEN if arrives and port in (self.HTTP, self.GCS) else Answer.FILTERED
+
+
+async def check_in(network: Network, monkeypatch: pytest.MonkeyPatch, *, ports: range, at_once: int) -> MachineCheck:
+    """The result of a machine in this network."""
+    monkeypatch.setattr(port_check, "_answer", network.answer)
+    monkeypatch.setattr(port_check, "PAUSE_S", 0)
+    (found,) = await check(*ports, http_port=network.HTTP, at_once=at_once)
+    assert network.most <= at_once
+    return found
+
+
+async def test_a_network_that_is_lost_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the registry's port answers no more during a batch, nor when it is tried again, the batch is not known."""
+    network = Network(range(103, 303))
+    found = await check_in(network, monkeypatch, ports=range(20000, 20500), at_once=100)
+    # The two allowed ports, then batches of 99 ports and a control. The first is confirmed by a control after it.
+    lost = range(20000 + 99, 20000 + 2 * 99)
+    assert found.not_tried == list(lost)
+    (doubt,) = found.doubts()
+    assert doubt.startswith(f"not tried: {shown(lost)} (port 8000 did not answer meanwhile")
+    assert "--time-limit" not in doubt
+
+
+async def test_an_exposed_port_is_found_after_the_network_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try finds what listens; nothing is in doubt then. Ports of other batches are tried once."""
+    network = Network(range(2, 102))
+    found = await check_in(network, monkeypatch, ports=range(6300, 6500), at_once=100)
+    assert found.exposed == [network.GCS]
+    assert found.doubts() == []
+    assert network.tried[6300] == 2
+    assert network.tried[6499] == 1
+
+
+async def test_a_router_that_loses_the_last_of_many_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control is the last of a batch, so it is lost with them although the port answers again afterwards."""
+    network = Network(room=80)
+    found = await check_in(network, monkeypatch, ports=range(20000, 20099), at_once=100)
+    assert found.not_tried == list(range(20000, 20099))
+    assert found.answers[network.HTTP] is Answer.OPEN
+
+
+async def test_known_ports_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dangerous port whose packet alone was lost is found at the end."""
+    network = Network(range(2, 3))
+    found = await check_in(network, monkeypatch, ports=range(6390, 6500), at_once=100)
+    assert network.tried[network.GCS] == 2
+    assert found.exposed == [network.GCS]
+
+
+async def test_a_time_limit_before_the_control_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ports that seem filtered count as not tried until the control port confirms it."""
+
+    async def answer(_machine: port_check.Address, port: int) -> Answer:
+        if port == Network.HTTP and answered:
+            await asyncio.sleep(60)
+        answered.append(port)
+        return Answer.OPEN if port == Network.HTTP else Answer.FILTERED
+
+    answered: list[int] = []
+    monkeypatch.setattr(port_check, "_answer", answer)
+    monkeypatch.setattr(port_check, "SSH", Network.HTTP)
+    (found,) = await check(20000, http_port=Network.HTTP, limit_s=0.3)
+    assert found.not_tried == [20000]
+
+
+@pytest.mark.parametrize("code", [errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN])
+async def test_a_host_without_a_route(code: int, listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before a packet is sent says nothing of the port. The same error as an answer is a firewall's."""
+    http_port, (port,), own = listen(), free_ports(1), True
+
+    class Socket(socket.socket):
+        def connect_ex(self, address: Any) -> int:
+            return code if own and address[1] == port else super().connect_ex(address)
+
+        def connect(self, address: Any) -> None:
+            if address[1] == port:
+                raise OSError(code, os.strerror(code))
+            super().connect(address)
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    monkeypatch.setattr(port_check, "PAUSE_S", 0)
+    (found,) = await check(port, http_port=http_port)
+    assert found.doubts() == [f"not tried: {port} (this host can't: {os.strerror(code)})"]
+    own = False
+    (found,) = await check(port, http_port=http_port)
+    assert found.having(Answer.FILTERED) == [port]
+    assert found.doubts() == []
 
 
 async def test_what_this_host_can_not_try(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +265,7 @@ async def test_what_this_host_can_not_try(listen: Listen, monkeypatch: pytest.Mo
         return await connect(machine, tried)
 
     monkeypatch.setattr(port_check, "_answer", fail)
+    monkeypatch.setattr(port_check, "PAUSE_S", 0)
     (found,) = await check(port, http_port=http_port)
     assert found.doubts() == [f"not tried: {port} (this host can't: Operation not permitted)"]
 
@@ -180,7 +287,7 @@ async def test_the_limit_of_open_files_is_kept(few_files: int, listen: Listen, m
     """With more slow ports than this process can have open files, all are tried."""
     monkeypatch.setattr(port_check, "CONNECT_S", 0.2)
     filtered, http_port = listen(full=True), listen()
-    machines = [HEAD + n for n in range(2 * few_files)]
+    machines = [HEAD + n for n in range(few_files + 20)]
     found = await check(filtered, http_port=http_port, machines=machines, at_once=most_at_once())
     assert {each.answers.get(filtered) for each in found} == {Answer.FILTERED}
     assert [doubt for each in found for doubt in each.doubts()] == []
