@@ -24,7 +24,7 @@ demo: env ## a whole registry on this machine, without a GPU (ARGS="…" go to `
 SHARED := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 STARTS := tests/engine tests/cluster tests/hosts
 # Only the whole has a lowest coverage (`coverage report` below); pytest-cov would take it for that of each part.
-COVERED = COVERAGE_FILE=.coverage.$@ $(BIN)/pytest --cov --cov-report= --cov-fail-under=0
+COVERED = COVERAGE_FILE=.coverage.$@ $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 --durations=15 --durations-min=5
 test: lint ## linters, types, import contracts and all tests but the long ones, with coverage
 	@mkdir -p build
 	@rm -f .coverage .coverage.*
