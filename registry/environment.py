@@ -22,6 +22,7 @@ NOT_SETTINGS: Final = (
     "ENGINE_OWNER_PID",
     "ENGINE_PHASE_FILE",
     "ENGINE_PRELOAD",
+    "REPEATED_UP",
     "SECRETS_FILE",
 )
 """Variables with our prefix that are not settings. The command line reads the first three; processes set the others."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from deployments.launch import up_again
+from registry.environment import problems_of
 from registry.errors import BadSettings
+from registry.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,11 @@ def test_only_its_owner_can_read_it(home: Path) -> None:
     file = up_again.command_file()
     assert file.parent == home / ".greenprompt"
     assert [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent)] == [0o600, 0o700]
+
+
+def test_a_repeated_command_accepts_its_mark() -> None:
+    """`up` refuses variables with our prefix that are no settings."""
+    assert list(problems_of(Settings, {up_again.REPEATED: "1"})) == []
 
 
 def test_the_path_of_a_key_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
