@@ -30,6 +30,7 @@ from registry.wire.lease_token import LEASE_TOKEN as TOKEN_PREFIX
 from registry.wire.lease_token import split_url
 from tests.support.secret_search import API_KEY, LEASE_TOKEN, SecretSearch
 
+TITLE_LIMIT_S = 10
 UP_LIMIT_S = 240
 DOWN_LIMIT_S = 150
 DEPLOY_LIMIT_S = 120
@@ -122,10 +123,17 @@ class Registry:
         return [top, *top.children(recursive=True)]
 
     def process_named(self, part: str) -> psutil.Process:
-        """The one process whose command line has this part."""
-        found = [process for process in self.processes() if part in " ".join(_cmdline(process))]
-        assert len(found) == 1, f"{part}: {found}"
-        return found[0]
+        """The one process whose command line has this part.
+
+        Ray writes the command line of a worker anew for each task, so that a single look may find it empty.
+        """
+        deadline_s = time.monotonic() + TITLE_LIMIT_S
+        while True:
+            found = [process for process in self.processes() if part in " ".join(_cmdline(process))]
+            if len(found) == 1:
+                return found[0]
+            assert time.monotonic() < deadline_s, f"{part}: {found}"
+            time.sleep(0.01)
 
     def replica(self) -> psutil.Process:
         """The wrapper's process."""
