@@ -31,7 +31,7 @@ from registry.errors import StartFailed
 # A keeper of most tests is a fork of the process that runs the tests, which may have threads (Python 3.12).
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-LIMIT_S = 20.0
+LIMIT_S = 100.0
 
 # What the n-th `ray start` does is line n of `deeds`: fail, or start Ray and let something happen to it once it has
 # been recorded. Ray's processes are called like the real ones, and lose their parent as those do.
@@ -48,6 +48,7 @@ if [ "$deed" = fail ]; then exit 1; fi
 for name in gcs_server raylet; do
     ./$name 600 > /dev/null 2>&1 & echo $! > $name.pid
     echo $! >> pids
+    until [ "$(cat /proc/$!/comm)" = $name ]; do sleep 0.01; done  # as the real one, which waits for both
 done
 gcs=$(cat gcs_server.pid) raylet=$(cat raylet.pid)
 (
@@ -56,6 +57,8 @@ gcs=$(cat gcs_server.pid) raylet=$(cat raylet.pid)
         kill) kill -9 $gcs ;;
         abort) kill -ABRT $raylet ;;
         exit) kill -TERM $raylet ;;
+        unknown) until grep -q "is not known" keeper.jsonl; do sleep 0.01; done
+            touch stop-runs; kill -TERM $raylet ;;
         stop) touch stop-runs; kill -TERM $raylet ;;
         force) touch stop-runs; kill -9 $raylet ;;
         orphan) sh -c 'sleep 0.01 & echo $! > orphan.pid'
@@ -115,6 +118,14 @@ class Head:
         """The calls of ``ray``."""
         return (self.folder / "calls").read_text().splitlines()
 
+    @property
+    def rounds(self) -> int:
+        """How often Ray was started. A stop may follow: if the keeper still watches for one, it stops Ray again."""
+        calls = self.calls[: len(self.calls) // len(ROUND) * len(ROUND)]
+        assert self.calls in (calls, [*calls, "stop"])
+        assert calls == ROUND * (len(calls) // len(ROUND))
+        return len(calls) // len(ROUND)
+
     def logged(self) -> list[dict[str, Any]]:
         """What the keeper logged."""
         return [json.loads(line) for line in (self.folder / keeper.LOG).read_text().splitlines()]
@@ -168,12 +179,12 @@ def test_a_head_that_dies_is_started_again(head: Head) -> None:
     """After the death of the GCS, then of the raylet, Ray is started as before; after a stop it is not."""
     head.deeds("kill", "abort", "exit", "stop")
     head.keep()
-    assert head.calls == ROUND * 4
+    assert head.rounds == 4
     died = [line["problem"] for line in head.logged() if "problem" in line]
     assert len(died) == 3  # the last one as after the death of an agent
     assert "gcs_server" in died[0]
     assert "raylet" in died[1]
-    assert head.logged()[-1]["event"] == "Ray was stopped"
+    assert head.logged()[-1]["event"].startswith("Ray was stopped")
     recorded = json.loads((head.folder / RECORD).read_text())
     assert int((head.folder / "gcs_server.pid").read_text()) in [pid for _, pid, _ in recorded["running"]]
 
@@ -216,7 +227,7 @@ def test_a_start_that_fails_is_tried_again(head: Head) -> None:
     """It counts as a restart, and what Ray printed is in the log."""
     head.deeds("kill", "fail", "stop")
     head.keep()
-    assert head.calls == ROUND * 3
+    assert head.rounds == 3
     (failed,) = (line for line in head.logged() if line["event"] == "Ray does not start")
     assert (failed["problem"], failed["output"]) == ("ray start ended with 1", "starting, mine\n")
 
@@ -250,7 +261,7 @@ def test_the_registry_is_started_again(head: Head, monkeypatch: pytest.MonkeyPat
 def stops_after_up(head: Head) -> None:
     """Let the second Ray be stopped once the registry's command has run twice."""
     text = (head.folder / "ray").read_text()
-    until = 'until [ "$(cat up | wc -l)" = 2 ]; do sleep 0.01; done; sleep 0.2'
+    until = 'until [ "$(cat up | wc -l)" = 2 ]; do sleep 0.01; done; sleep 1'
     wait = f'"") {until}; touch stop-runs; kill -TERM $raylet ;;\n        kill)'
     (head.folder / "ray").write_text(text.replace("kill)", wait, 1))
 
@@ -270,9 +281,9 @@ def test_a_spoiled_record_of_the_registry_is_logged(head: Head, text: str) -> No
     """Ray is started again, and watched further."""
     head.remember("true")
     up_again.command_file().write_text(text)
-    head.deeds("kill", "stop")
+    head.deeds("kill", "unknown")
     head.keep()
-    assert head.calls == ROUND * 2
+    assert head.rounds == 2
     assert "the command that starts the registry is not known" in [line["event"] for line in head.logged()]
 
 
