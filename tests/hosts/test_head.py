@@ -40,8 +40,8 @@ def test_a_head_without_redis_is_back_without_a_person(without_redis: Cluster) -
     for lease in leases:
         request_id = lease["requestId"]
         path = f"/promptingservice/request/{request_id}"
-        cluster.call("GET", path, limit_s=BACK_LIMIT_S)  # nothing listens before the registry is back
-        until(lambda: cluster.state(request_id)["endedAt"] is not None, BACK_LIMIT_S)  # noqa: B023 - called in this round
+        # Nothing listens until the registry is back, which takes more than a minute.
+        until(lambda: cluster.call("GET", path, limit_s=BACK_LIMIT_S).json()["endedAt"] is not None, BACK_LIMIT_S)  # noqa: B023 - called in this round
         state = cluster.state(request_id)
         assert (state["status"], state["url"]) == ("failed", None)
         assert "was lost" in state["reason"]
