@@ -28,9 +28,10 @@ from registry.errors import (
 )
 from registry.wire.schemas import MAX_ID, MAX_WAIT_S, RequestState
 from registry.wire.words import RequestStatus
+from tests.support.contract_example import BODY
 from tests.support.energy_windows import an_experiment
 from tests.support.fake_registry import FakeRegistry
-from tests.support.ingress_calls import BODY, CONFIG, REQUEST
+from tests.support.ingress_calls import CONFIG, REQUEST
 
 # --- GET, DELETE, keepalive --------------------------------------------------------------------------------
 

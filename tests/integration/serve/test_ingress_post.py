@@ -18,8 +18,9 @@ from registry.service.service import Idempotency
 from registry.wire.schemas import PromptingAnswer
 from registry.wire.words import Priority
 from tests.support.checkpoint_files import LLAMA, write_checkpoint
+from tests.support.contract_example import BODY, LLM, changed
 from tests.support.fake_registry import FakeRegistry
-from tests.support.ingress_calls import BODY, COMMIT, LLM, REQUEST, changed
+from tests.support.ingress_calls import COMMIT, REQUEST
 
 
 async def test_request_is_accepted(http: httpx.AsyncClient, registry: FakeRegistry) -> None:

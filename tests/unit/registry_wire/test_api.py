@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,17 +25,8 @@ from registry.wire.schemas import (
     WrapperState,
 )
 from registry.wire.words import Priority, RequestStatus
+from tests.support.contract_example import BODY, LLM, changed
 
-LLM: dict[str, Any] = {
-    "modeltyp": "text-generation",
-    "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-    "uses_chat_template": True,
-    "args": {
-        "prompting": {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.95},
-        "deployment": {"torch_dtype": "torch.bfloat16", "device_map": "auto"},
-    },
-}
-REQUEST: dict[str, Any] = {"measurementId": 1234, "llms": [LLM]}
 REQUIRED = [
     ("measurementId",),
     ("llms",),
@@ -54,26 +43,13 @@ def parsed(body: object) -> PromptingRequest:
     return PromptingRequest.model_validate_json(json.dumps(body))
 
 
-def changed(path: tuple[str | int, ...], value: object) -> dict[str, Any]:
-    """The contract's example with another value at one place; Ellipsis takes the place out."""
-    body = copy.deepcopy(REQUEST)
-    at: Any = body
-    for step in path[:-1]:
-        at = at[step]
-    if value is ...:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = value
-    return body
-
-
 def places(error: ValidationError) -> list[tuple[str | int, ...]]:
     return [problem["loc"] for problem in error.errors()]
 
 
 def test_example_of_the_contract_is_accepted() -> None:
     """The contract's own example is a good request, and comes back as it was."""
-    request = parsed(REQUEST)
+    request = parsed(BODY)
     assert request.measurementId == 1234
     assert request.priority is Priority.NORMAL
     assert [llm.model_dump() for llm in request.llms] == [LLM]
@@ -182,7 +158,7 @@ def test_only_sentences_of_the_contract_get_through(value: object) -> None:
 def test_bodies_are_frozen() -> None:
     """Nobody changes what a client has sent."""
     with pytest.raises(ValidationError, match="frozen"):
-        parsed(REQUEST).measurementId = 2  # type: ignore[misc]  # that is the test
+        parsed(BODY).measurementId = 2  # type: ignore[misc]  # that is the test
 
 
 def test_names_on_the_wire_are_the_contracts() -> None:
