@@ -7,7 +7,6 @@ is killed itself, Ray keeps running, but is not started again.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -38,7 +37,9 @@ from deployments.launch.restarts import (
     end_words,
     heed_signals,
     ignore_signals,
+    missing_words,
 )
+from deployments.machine.child_processes import set_process_option
 from deployments.machine.private_files import open_private
 from deployments.serve.logs import configure_logging
 from registry.background import spawn_thread
@@ -74,8 +75,6 @@ STOP_POLL_S = 0.5
 
 _SHOWN = 2000
 """Number of characters of a failed command's output that are logged."""
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 def launch(folder: Path, start: RayStart) -> None:
@@ -180,7 +179,7 @@ class Keeper:
 
     def begin(self) -> dict[str, Any]:
         """Start Ray for the first time. Return what it printed, and the problem if it did not start, else None."""
-        _adopt_orphans()
+        set_process_option("PR_SET_CHILD_SUBREAPER", 1)  # the parent of descendants whose parents end
         with tempfile.TemporaryFile("w+", dir=self._folder) as output:
             try:
                 self._run(output)
@@ -315,8 +314,8 @@ def _first_death(vital: Mapping[int, str]) -> str | None:
 
     Every other child that ends is reaped: Ray's processes whose parents have ended are children of this process.
     """
-    if missing := VITAL - set(vital.values()):
-        return f"Ray's {' and '.join(sorted(missing))} ended during the start"
+    if (missing := missing_words(vital.values())) is not None:
+        return missing
     while True:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         assert ended is not None  # only with WNOHANG
@@ -390,13 +389,6 @@ class _StopWatch:
                 self._seen.set()
 
 
-def _adopt_orphans() -> None:
-    """Make this process the parent of descendants whose parents end. Raises OSError if the kernel refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-
-
 def _text(file: IO[str]) -> str:
     file.seek(0)
     return file.read()
@@ -429,9 +421,8 @@ def main() -> None:
 def _run(keeper: Keeper, connection: socket.socket) -> None:
     try:
         answer = keeper.begin()
-        with suppress(
-            OSError
-        ):  # the caller was killed, e.g. with its connection by ssh; the next one finds Ray running
+        # The caller may have been killed, e.g. with its connection by ssh. The next one finds Ray running.
+        with suppress(OSError):
             connection.sendall(f"{json.dumps(answer)}\n".encode())
         connection.close()
         if answer["problem"] is None:

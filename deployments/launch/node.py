@@ -21,7 +21,7 @@ import structlog
 
 import deployments
 import registry
-from deployments.launch import keeper, up_again
+from deployments.launch import keeper, ray_commands, up_again
 from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
@@ -127,15 +127,13 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     # With another token, Ray's new processes could not join the old ones, and replicas would refuse HAProxy's requests.
     what = [_code(), proxy_secret(token_path()), started_with, *options]
     wanted = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    options = list(options)
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment
-    start = RayStart(str(Path(sys.executable).with_name("ray")), options, environment, wanted)
     is_head = "--head" in options
     # D35: a node is started once
-    if start.is_running(folder):
+    if ray_commands.is_running(folder, wanted):
         if is_head and not keeper.is_running(folder):
             log.warning("Ray runs, but is not started again if it dies: run `ray stop`, and start it again")
         return False
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_OURS} | environment
     file = secrets_file()
     try:
         hide_secrets(file, environment)
@@ -144,6 +142,7 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited by Ray's processes
     keeper.end(folder)
+    start = RayStart(str(Path(sys.executable).with_name("ray")), list(options), environment, wanted)
     if is_head:
         up_again.forget()  # the registry of the Ray that is stopped now
         keeper.launch(folder, start)

@@ -74,10 +74,11 @@ class RayStart:
         if done.returncode:
             raise StartFailed(f"ray {command[0]} ended with {done.returncode}")
 
-    def is_running(self, folder: Path) -> bool:
-        """Whether the Ray that runs on this machine is the one that was last recorded, with the same hash."""
-        running = ray_processes()
-        return bool(running) and _record(folder) == {"wanted": self.wanted, "running": running}
+
+def is_running(folder: Path, wanted: str) -> bool:
+    """Whether the Ray that runs on this machine is the one that was last recorded, with this hash."""
+    running = ray_processes()
+    return bool(running) and _record(folder) == {"wanted": wanted, "running": running}
 
 
 def ray_processes() -> list[list[object]]:

@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -115,8 +115,8 @@ def vital_processes() -> list[psutil.Process]:
 def first_death(vital: Sequence[psutil.Process]) -> str:
     """Block until one of the vital processes has ended, or return at once if one is missing; the text says which."""
     names = {process.pid: process.name() for process in vital}
-    if missing := VITAL - set(names.values()):
-        return f"Ray's {' and '.join(sorted(missing))} ended during the start"
+    if (missing := missing_words(names.values())) is not None:
+        return missing
     ends = select.poll()
     with ExitStack() as opened:
         pids = {}
@@ -126,6 +126,12 @@ def first_death(vital: Sequence[psutil.Process]) -> str:
             ends.register(fd, select.POLLIN)
         pid = pids[ends.poll()[0][0]]
     return f"Ray's {names[pid]} {end_words(process_tree.ended_by(pid) or 0)}"
+
+
+def missing_words(names: Iterable[str]) -> str | None:
+    """Return which vital processes are not among these names, None if all are."""
+    missing = VITAL.difference(names)
+    return f"Ray's {' and '.join(sorted(missing))} ended during the start" if missing else None
 
 
 def end_words(signal_number: int) -> str:

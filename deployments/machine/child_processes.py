@@ -11,8 +11,17 @@ from typing import Any
 
 from deployments.machine.out_of_memory import ENGINE_SCORE, raise_score
 
-_PR_SET_PDEATHSIG = 1
+_PRCTL = {"PR_SET_PDEATHSIG": 1, "PR_SET_CHILD_SUBREAPER": 36, "PR_SET_NO_NEW_PRIVS": 38}
+"""Numbers of the options that we set. Source: linux/prctl.h."""
+
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
+
+
+def set_process_option(name: str, value: int) -> None:
+    """Set an option of this process by prctl(2). Raises OSError if the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PRCTL[name], value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({name}) failed")
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -20,9 +29,7 @@ def die_with_parent(parent_pid: int) -> None:
 
     Raises OSError if the kernel refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    set_process_option("PR_SET_PDEATHSIG", signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
+from deployments.machine.child_processes import set_process_option
 from deployments.machine.worker_environment import is_secret
 from registry.errors import BadSettings
 
@@ -36,7 +37,6 @@ OWN: Final = "GREENPROMPT_ENGINE_OWN"
 PROBE_S: Final = 60.0
 """Time limit of ``require_usable``, seconds; it takes less than one on an idle machine."""
 
-_PR_SET_NO_NEW_PRIVS: Final = 38
 _CLONE_NEWNET: Final = 0x40000000
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 _CAPABILITIES: Final = ("CapInh", "CapPrm", "CapEff", "CapAmb")
@@ -213,9 +213,7 @@ def _become(user: SecondUser, groups: list[int]) -> None:
     os.umask(stat.S_IRWXG | stat.S_IRWXO)
     if os.getpgrp() != os.getpid():
         os.setsid()  # else it could type into the operator's terminal
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS) failed")
+    set_process_option("PR_SET_NO_NEW_PRIVS", 1)
     os.setgroups(groups)  # some may give access to GPUs
     os.setresgid(user.gid, user.gid, user.gid)
     os.setresuid(user.uid, user.uid, user.uid)
