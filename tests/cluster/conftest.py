@@ -125,7 +125,7 @@ class Registry:
     def process_named(self, part: str) -> psutil.Process:
         """The one process whose command line has this part.
 
-        Ray writes the command line of a worker anew for each task, so that a single look may find it empty.
+        Ray changes a worker's command line for each task. If it is read at that moment, it may be empty.
         """
         deadline_s = time.monotonic() + TITLE_LIMIT_S
         while True:

@@ -15,6 +15,7 @@ import pytest
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from tests.cluster.conftest import start, stop
 from tests.cluster.test_dead_cluster import call_without_a_token
+from tests.cluster.test_lifecycle import llmconfig
 from tests.support.tls_front import made_certificates
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
@@ -46,12 +47,7 @@ def test_who_has_no_key_reaches_nothing_of_ray(tmp_path: Path) -> None:
     tls = {"RAY_USE_TLS": "1", **{f"RAY_TLS_{name}": str(file) for name, file in files.items()}}
     registry = start(tmp_path, tls)
     try:
-        llm = {
-            "modeltyp": "text-generation",
-            "model": str(tmp_path / "llms" / "a"),
-            "uses_chat_template": True,
-            "args": {"prompting": {"max_new_tokens": 4}, "deployment": {"dtype": "bfloat16", "enforce_eager": True}},
-        }
+        llm = llmconfig(tmp_path)
         vital = [registry.process_named("gcs/gcs_server"), registry.process_named("raylet/raylet")]
         for round_ in range(2):
             (request_id,) = registry.post(round_ + 1, llm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -37,12 +38,15 @@ def test_a_head_without_redis_is_back_without_a_person(without_redis: Cluster) -
     (gcs,) = cluster.head.running("gcs/gcs_server")
     gcs.kill()
     until(lambda: not alive(gcs), 30)
+
+    def ended(request_id: str) -> bool:
+        # Nothing listens until the registry is back, which may take more than a minute.
+        answer = cluster.call("GET", f"/promptingservice/request/{request_id}", limit_s=BACK_LIMIT_S)
+        return answer.json()["endedAt"] is not None
+
     for lease in leases:
-        request_id = lease["requestId"]
-        path = f"/promptingservice/request/{request_id}"
-        # Nothing listens until the registry is back, which takes more than a minute.
-        until(lambda: cluster.call("GET", path, limit_s=BACK_LIMIT_S).json()["endedAt"] is not None, BACK_LIMIT_S)  # noqa: B023 - called in this round
-        state = cluster.state(request_id)
+        until(partial(ended, lease["requestId"]), BACK_LIMIT_S)
+        state = cluster.state(lease["requestId"])
         assert (state["status"], state["url"]) == ("failed", None)
         assert "was lost" in state["reason"]
     print(f"GCS of the head killed, without Redis: the registry is back after {time.monotonic() - begun_s:.1f} s")

@@ -126,10 +126,10 @@ def made_certificates(folder: Path, names: str = "DNS:localhost,DNS:other.exampl
     uses = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
     own = ["-subj", "/CN=our CA", *uses, "-keyout", f"{folder}/ca.key", "-out", str(ca)]
     subprocess.run([*new, *own], check=True, capture_output=True)
-    own = ["-subj", "/CN=localhost", "-addext", f"subjectAltName={names}"]
-    own += ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
+    leaf = ["-subj", "/CN=localhost", "-addext", f"subjectAltName={names}"]
+    leaf += ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
     signed = ["-CA", str(ca), "-CAkey", f"{folder}/ca.key", "-keyout", str(key), "-out", str(crt)]
-    subprocess.run([*new, *own, *signed], check=True, capture_output=True)
+    subprocess.run([*new, *leaf, *signed], check=True, capture_output=True)
     (folder / "both.pem").write_bytes(crt.read_bytes() + key.read_bytes())
     return ca
 
