@@ -1,6 +1,6 @@
 """TLS between the processes of Ray, which Ray itself does if its variables are set: are the files usable?
 
-With it, only who has a key that the CA has signed can connect to the GCS, a raylet or a worker.
+With it, the GCS, the raylets and the workers refuse each connection without a certificate of the CA.
 """
 
 # D139: Ray's connections can be encrypted

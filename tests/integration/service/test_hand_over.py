@@ -26,7 +26,7 @@ Make = Callable[..., ServiceWorld]
 
 
 async def test_llm_is_deployed_and_handed_over(world: ServiceWorld) -> None:
-    """A request deploys its LLM and gets an address, which the wrapper accepts before anybody is told of it."""
+    """A request deploys its LLM and gets an address. The wrapper accepts it before the client is told of it."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
     await world.until(lambda: gate.arrived)
@@ -130,7 +130,7 @@ async def test_what_fits_nowhere_any_more_says_so(world: ServiceWorld) -> None:
 
 
 async def test_free_llm_gives_way(world: ServiceWorld) -> None:
-    """Where every wrapper has an LLM, one that nobody uses makes room."""
+    """If every wrapper has an LLM, an unused LLM is replaced."""
     world.service.release(await world.deployed(1, TINY))
     await world.deployed(2, OTHER)
     assert world.wrapper().spec == OTHER
