@@ -107,3 +107,18 @@ def test_fields_are_in_the_text() -> None:
 def test_permanent_is_no_default() -> None:
     """A failed start can be tried elsewhere unless the engine itself has ruled that out."""
     assert not EngineStartFailed("llm", "no memory").permanent
+
+
+def test_a_subclass_with_its_own_init_keeps_it() -> None:
+    """Ray makes such subclasses, which hold the original error and read its fields from it."""
+
+    class OfRay(EngineStartFailed):
+        code = "of_ray"
+
+        def __init__(self, cause: EngineStartFailed) -> None:
+            self.cause = cause
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.cause, name)
+
+    assert OfRay(EngineStartFailed("llm", "no memory", permanent=True)).permanent is True

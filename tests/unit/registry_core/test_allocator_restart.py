@@ -11,7 +11,7 @@ from registry.core.events import LLMStopped, ShutdownBegun, TimePassed, WrapperA
 from registry.core.records import WrapperStatus
 from registry.errors import ShuttingDown, UnknownMeasurement, UnknownRequest
 from registry.wire.words import RequestStatus
-from tests.support.allocator_scene import Scene, asked, handed_over, llm, refused, stored_token
+from tests.support.allocator_scene import Scene, asked, deploying, handed_over, llm, refused, stored_token
 
 R, W = RequestStatus, WrapperStatus
 
@@ -114,6 +114,18 @@ def test_a_dropped_request_is_no_longer_the_last_one_that_was_served():
     assert scene.status("1b") is R.DEPLOYING
 
 
+def test_an_earlier_request_that_is_dropped_leaves_what_was_served_last():
+    """The machine that the measurement ran on is still known from its last request."""
+    scene = handed_over()
+    scene.release("1a")
+    scene.ask(1, "B")
+    scene.runs()
+    scene.hand_over()
+    assert scene.allocator.drop_request("1a") is not None
+    scene.allocator.check()
+    assert scene.status("1b") is R.DEPLOYED
+
+
 def test_numbers_go_on_above_those_of_what_is_not_in_memory():
     """The next request comes after all that were made before, also those that only the store knows."""
     scene = handed_over()
@@ -128,6 +140,21 @@ def test_wrappers_are_counted_by_status():
     assert scene.allocator.count_wrappers([W.LEASED]) == 1
     assert scene.allocator.count_wrappers(W) == len(scene.allocator.wrappers())
     assert scene.allocator.count_wrappers([W.LOST, W.OFF]) == 0
+    assert [wrapper.wrapper_id for wrapper in scene.allocator.wrappers_on("m")] == ["m-0"]
+
+
+def test_requests_without_a_lease_are_counted_as_deploying():
+    """One that starts counts until it is handed over; the head of its measurement is that request until it ends."""
+    scene = deploying()
+    head = scene.allocator.head(("default", 1))
+    assert scene.allocator.deploying_count() == 1
+    assert head is not None
+    assert head.request_id == "1a"
+    scene.runs()
+    scene.hand_over()
+    assert scene.allocator.deploying_count() == 0
+    scene.release("1a")
+    assert scene.allocator.head(("default", 1)) is None
 
 
 def test_a_restart_grants_what_could_be_granted():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from registry.contract.messages import Observation, WrapperPlan
 from registry.core.events import MachineJoined, MachineLost, WrapperAdded, WrapperRemoved
 from registry.core.records import LLMSpec, Machine, Wrapper, WrapperStatus
-from registry.service.reconcile import Steps, plan, wanted_wrappers
+from registry.service.reconcile import Steps, plan, wanted_wrappers, with_known_ids
 
 HOME = LLMSpec("org/home", "text-generation")
 OTHER_HOME = LLMSpec("org/other", "text-generation")
@@ -296,3 +296,19 @@ def test_memory_that_wrappers_told_is_kept() -> None:
     elsewhere = replace(A, address="10.0.0.9")
     steps = plan([told], [wrapper], Observation((elsewhere,), frozenset({"a-0"})), wanted(A))
     assert steps.events == (MachineJoined(replace(told, address="10.0.0.9")),)
+
+
+# --- with_known_ids ----------------------------------------------------------------------------------------
+
+
+def test_a_node_keeps_the_id_under_which_it_is_known() -> None:
+    """Its name may change; a new node with the name of another gets an id of its own, and not the other's leases."""
+    renamed = replace(A, machine_id="other")
+    twin = Machine("a", "node-of-the-twin", "10.0.0.3")
+    assert with_known_ids([renamed, twin, B], [A]) == (A, replace(twin, machine_id="a-node-o"), B)
+
+
+def test_a_lost_machine_gives_its_id_to_a_new_node() -> None:
+    """A machine that comes back is another Ray node with the same name."""
+    again = replace(A, node_id="another-node")
+    assert with_known_ids([again], [replace(A, alive=False)]) == (again,)

@@ -309,6 +309,13 @@ def test_csv() -> None:
     assert (rows[-1]["joules"], rows[-1]["sci_score"], rows[-1]["flags"]) == ("", "", "too_short")
 
 
+def test_csv_of_a_later_page_has_no_heading() -> None:
+    """Pages that are written one after another are one table."""
+    windows = an_experiment().windows
+    whole = windows_csv(windows)
+    assert windows_csv(windows[:1]) + windows_csv(windows[1:], heading=False) == whole
+
+
 def test_csv_can_be_added_up() -> None:
     """A prompt of 60 J, 20 J idle and the lease window of both: rows that add up are 80 J, not 160."""
     windows = kept(
