@@ -2,257 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-import stat
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from dataclasses import replace
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from sqlalchemy import NullPool, Table, create_engine, text
 
 from registry.accounting.windows import KeptWindow
 from registry.core.decision import Changes, Snapshot
-from registry.core.records import Lease, LLMMemory, LLMSpec, Machine, Measurement, Request, Wrapper, WrapperStatus
-from registry.errors import BadSettings, StoreUnavailable
-from registry.store.migrations import tables
+from registry.core.records import WrapperStatus
+from registry.errors import StoreUnavailable
 from registry.store.rows import EventRow, IdempotencyRow, StoredEvent
 from registry.store.store import Store
-from registry.wire.words import Grade, Priority, RequestStatus, WindowKind
+from registry.wire.words import RequestStatus, WindowKind
 from tests.support.energy_windows import window
-
-BIGGEST = 2**63 - 1
-ODD = "naïve 模型 🌱 \"quoted\" 'single' \\n \n\t %s :name {}"
-SPEC = LLMSpec(ODD, "text-generation", revision="main", engine_args='{"dtype":"bfloat16"}', gpus=8)
-
-MACHINE = Machine("m-1", "node", "10.0.0.1")
-WRAPPER = Wrapper("w-1", "m-1", "http://10.0.0.1:8000/wrappers/w-1")
-MEASUREMENT = Measurement(7, seq=1)
-REQUEST = Request("r-1", 7, seq=1, spec=SPEC, llmconfig="{}")
-LEASE = Lease("r-1", "w-1", "1", "ab" * 32, granted_s=1.0, deadline_s=2.0, idle_limit_s=3.0, last_active_s=4.0)
-SMALL = Snapshot((MACHINE,), (WRAPPER,), (MEASUREMENT,), (REQUEST,), (LEASE,))
-
-EXTREME = Snapshot(
-    machines=(
-        Machine(
-            machine_id=ODD,
-            node_id=ODD,
-            address=ODD,
-            alive=False,
-            gpus=16,
-            gpu_type=ODD,
-            memory_bytes=BIGGEST,
-            gpu_memory_bytes=BIGGEST,
-            draining=True,
-            zone=ODD,
-            region=ODD,
-        ),
-        Machine("", "", ""),
-    ),
-    wrappers=(
-        Wrapper(
-            wrapper_id=ODD,
-            machine_id=ODD,
-            url=ODD,
-            gpus=16,
-            status=WrapperStatus.LEASED,
-            epoch=BIGGEST,
-            spec=SPEC,
-            request_id=ODD,
-            home=LLMSpec("", ""),
-            last_used_s=1.7e9 + 1e-6,
-            failures=2**31 - 1,
-            reason=ODD * 10_000,
-        ),
-        Wrapper("", "", ""),
-    ),
-    measurements=(
-        Measurement(
-            BIGGEST,
-            BIGGEST,
-            ODD,
-            Priority.HIGH,
-            ODD,
-            (ODD, "", "machine_changed"),
-            1.7e9 + 1e-6,
-            ODD,
-            ODD,
-            1.7e9 + 1e-6,
-        ),
-        Measurement(1, 0),
-        Measurement(1, 0, "another"),
-    ),
-    requests=(
-        Request(
-            request_id=ODD,
-            measurement_id=BIGGEST,
-            seq=BIGGEST,
-            spec=SPEC,
-            llmconfig=ODD * 10_000,
-            status=RequestStatus.DEPLOYED,
-            reason=ODD * 10_000,
-            notes=(ODD, ""),
-            wrapper_id=ODD,
-            machine_id=ODD,
-            failed_on=("gone", ODD),
-            overtaken=2**31 - 1,
-            created_s=0.1,
-            deploying_s=0.2,
-            deployed_s=0.3,
-            ended_s=0.4,
-            memory=LLMMemory(BIGGEST, BIGGEST, 2**31 - 1, 1e-3, 16),
-            max_j=1e15,
-            max_g=1e-300,
-            model_revision=ODD,
-            grade=Grade.MEASUREMENT,
-            like_request_id=ODD,
-            provenance=ODD * 10_000,
-            tenant=ODD,
-        ),
-        Request("", 1, 0, LLMSpec("", ""), ""),
-    ),
-    leases=(Lease(ODD, ODD, ODD, ODD, 1e-300, 1e300, float("inf"), -0.5), Lease("", "", "", "", 0.0, 0.0, 0.0, 0.0)),
+from tests.support.stored_records import (
+    BIGGEST,
+    LEASE,
+    MACHINE,
+    MEASUREMENT,
+    ODD,
+    REQUEST,
+    SMALL,
+    SPEC,
+    WRAPPER,
+    as_sets,
+    changes,
 )
-
-
-def changes(snapshot: Snapshot, **removed: tuple[str, ...]) -> Changes:
-    """The changes that put everything of a snapshot."""
-    return Changes(
-        snapshot.machines, snapshot.wrappers, snapshot.measurements, snapshot.requests, snapshot.leases, **removed
-    )
-
-
-def as_sets(snapshot: Snapshot) -> dict[str, set[object]]:
-    """A snapshot without its meaningless order; fails when a record occurs twice."""
-    kinds = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-    assert all(len(set(records)) == len(records) for records in kinds.values())
-    return {kind: set(records) for kind, records in kinds.items()}
-
-
-# --- records ------------------------------------------------------------------------------------------------
-
-
-def test_a_new_database_is_empty(store: Store):
-    """A database that was not there before is made, and holds nothing."""
-    assert store.load() == Snapshot()
-    assert store.events() == ()
-
-
-@pytest.mark.parametrize("snapshot", [SMALL, EXTREME], ids=["small", "extreme"])
-def test_records_come_back_as_they_were(store: Store, database_url: str, snapshot: Snapshot):
-    """Every kind of record survives closing and opening, with the strangest values that it may have."""
-    store.commit(changes(snapshot))
-    assert as_sets(store.load()) == as_sets(snapshot)
-    store.close()
-    with_again = Store.open(database_url)
-    assert as_sets(with_again.load()) == as_sets(snapshot)
-    with_again.close()
-
-
-def _tables_and_records() -> list[tuple[Table, type[Any]]]:
-    """The record of each field of Snapshot with the table of that name, and the two rows that are no records."""
-    hints = get_type_hints(Snapshot)
-    pairs = [(tables.METADATA.tables[kind], get_args(hint)[0]) for kind, hint in hints.items()]
-    return [*pairs, (tables.IDEMPOTENCY_KEYS, IdempotencyRow)]
-
-
-@pytest.mark.parametrize(("table", "record"), _tables_and_records(), ids=lambda it: getattr(it, "name", ""))
-def test_every_field_has_its_column(table: Table, record: type[Any]):
-    """A record's fields are its table's columns, in the same order; NULL may be where the field may be None."""
-    assert [column.name for column in table.columns] == [field.name for field in fields(record)]
-    hints = get_type_hints(record)
-    assert {column.name for column in table.columns if column.nullable} == {
-        name for name, hint in hints.items() if type(None) in get_args(hint)
-    }
-
-
-def test_every_field_of_an_event_has_its_column():
-    """The log's columns are its own number and then an EventRow's fields."""
-    columns = [column.name for column in tables.EVENTS.columns]
-    assert columns == ["event_id", *(field.name for field in fields(EventRow))]
-
-
-words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
-times = st.floats(allow_nan=False)
-counts = st.integers(0, 2**31 - 1)
-big = st.integers(0, BIGGEST)
-specs = st.builds(LLMSpec, words, words, st.none() | words, words, st.integers())
-memories = st.builds(LLMMemory, big, st.none() | big, st.none() | counts, st.floats(0, 1), st.none() | counts)
-
-
-def records(kind: type[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Records with any value that their fields' types allow, but for the fields that are given."""
-    by_type: dict[object, st.SearchStrategy[Any]] = {
-        str: words,
-        float: times,
-        int: counts,
-        bool: st.booleans(),
-        LLMSpec: specs,
-        LLMMemory: memories,
-        tuple[str, ...]: st.lists(words, max_size=3).map(tuple),
-    }
-
-    def values(hint: Any) -> st.SearchStrategy[Any]:
-        if type(None) in get_args(hint):
-            return st.none() | values(next(arg for arg in get_args(hint) if arg is not type(None)))
-        return by_type[hint] if hint in by_type else st.sampled_from(list(hint))
-
-    hints = get_type_hints(kind)
-    return st.builds(kind, **{name: values(hint) for name, hint in hints.items() if name not in known}, **known)
-
-
-@st.composite
-def snapshots(draw: st.DrawFn) -> Snapshot:
-    """Any snapshot whose records belong together."""
-
-    def many(kind: type[Any], key: str, **known: st.SearchStrategy[Any]) -> tuple[Any, ...]:
-        return tuple(draw(st.lists(records(kind, **known), max_size=3, unique_by=lambda it: getattr(it, key))))
-
-    def one_of(owners: Sequence[Any], key: str) -> st.SearchStrategy[Any]:
-        return st.sampled_from([getattr(owner, key) for owner in owners])
-
-    machines = many(Machine, "machine_id", memory_bytes=st.none() | big, gpu_memory_bytes=st.none() | big)
-    tenant = st.just(draw(words))
-    measurements = many(Measurement, "measurement_id", measurement_id=st.integers(1, BIGGEST), seq=big, tenant=tenant)
-    wrappers: tuple[Wrapper, ...] = ()
-    requests: tuple[Request, ...] = ()
-    leases: tuple[Lease, ...] = ()
-    if machines:
-        wrappers = many(Wrapper, "wrapper_id", machine_id=one_of(machines, "machine_id"), epoch=big)
-    if measurements:
-        measurement_ids = one_of(measurements, "measurement_id")
-        requests = many(Request, "request_id", measurement_id=measurement_ids, seq=big, tenant=tenant)
-    if wrappers and requests:
-        a_request, a_wrapper = one_of(requests, "request_id"), one_of(wrappers, "wrapper_id")
-        by_request = many(Lease, "request_id", request_id=a_request, wrapper_id=a_wrapper)
-        leases = tuple({lease.wrapper_id: lease for lease in by_request}.values())
-    return Snapshot(machines, wrappers, measurements, requests, leases)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(snapshot=snapshots())
-def test_any_records_come_back_as_they_were(store: Store, snapshot: Snapshot):
-    """Whatever the fields' types allow comes back equal, over whatever was there before."""
-    before = store.load()
-    store.commit(Changes(ended_leases=tuple(lease.request_id for lease in before.leases)))
-    store.commit(changes(snapshot))
-    after = as_sets(store.load())
-    assert all(put <= after[kind] for kind, put in as_sets(snapshot).items())
-    assert after["leases"] == set(snapshot.leases)
-
-
-@pytest.mark.parametrize("reason", ["ends with \0 and \ud800", "\0", "\udcff"])
-def test_no_error_message_can_break_a_commit(store: Store, reason: str):
-    """Characters that no database holds are replaced in words for people, and the rest of them is kept."""
-    store.commit(changes(replace(SMALL, requests=(replace(REQUEST, reason=reason),))))
-    (request,) = store.load().requests
-    assert request.reason == reason.replace("\0", "\ufffd").replace("\ud800", "?").replace("\udcff", "?")
-
 
 # --- changes ------------------------------------------------------------------------------------------------
 
@@ -438,65 +212,6 @@ def test_an_event_number_is_never_used_twice(store: Store, database_url: str):
     (new,) = again.events(after=old.event_id)
     assert new == StoredEvent(new.event_id, EventRow("New", 3.0))
     again.close()
-
-
-# --- the database itself --------------------------------------------------------------------------------------
-
-
-def test_the_revisions_make_the_tables_that_the_code_knows(store: Store, database_url: str):
-    """Alembic finds nothing to do between a database that all revisions made and the tables in the code."""
-    store.close()
-    with create_engine(database_url, poolclass=NullPool).connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), tables.METADATA) == []
-
-
-def test_a_database_of_a_newer_version_is_refused(store: Store, database_url: str):
-    """Tables that this version doesn't know are a matter of the installation, not of waiting."""
-    store.close()
-    with create_engine(database_url, poolclass=NullPool).begin() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(BadSettings, match="9999"):
-        Store.open(database_url)
-
-
-def test_opening_leaves_logging_alone(database_url: str):
-    """Alembic's usual environment configures logging; ours does not."""
-    root = logging.getLogger()
-    before = (root.level, list(root.handlers), logging.getLogger("alembic").level, logging.root.manager.disable)
-    named = logging.getLogger("registry.somebody")
-    Store.open(database_url).close()
-    assert before == (root.level, root.handlers, logging.getLogger("alembic").level, logging.root.manager.disable)
-    assert not named.disabled
-
-
-def test_a_commit_waits_for_the_disk(store: Store):
-    """The settings under which a committed transaction survives a power cut are in force."""
-    with store._connection.begin():
-        ask = store._connection.exec_driver_sql
-        if store._connection.dialect.name == "sqlite":
-            assert ask("PRAGMA journal_mode").scalar() == "wal"
-            assert ask("PRAGMA synchronous").scalar() == 2  # FULL
-            assert ask("PRAGMA foreign_keys").scalar() == 1
-        else:
-            assert ask("SHOW synchronous_commit").scalar() == "on"
-
-
-def test_closing_leaves_one_file_and_the_lock(sqlite_url: str, tmp_path: Path):
-    """A closed SQLite database is one file to copy, which nobody else may read; closing again is no error."""
-    store = Store.open(sqlite_url)
-    store.commit(changes(SMALL), events=(EventRow("Something", 1.0),))
-    store.close()
-    store.close()
-    files = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").iterdir()}
-    assert files == {"registry.db": 0o600, "registry.db.lock": 0o600}
-
-
-@pytest.mark.parametrize("use", [Store.load, Store.events, lambda store: store.commit(changes(SMALL))])
-def test_a_closed_store_says_so(store: Store, use: Any):
-    """Using a store after closing it fails, and opens nothing behind the owner's back."""
-    store.close()
-    with pytest.raises(StoreUnavailable, match="closed"):
-        use(store)
 
 
 # --- energy windows -----------------------------------------------------------------------------------------
