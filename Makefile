@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
+# Without compiled files each of the many processes of the tests compiles our code again.
+unexport PYTHONDONTWRITEBYTECODE
 PURE := registry/errors.py registry/wire/labels.py registry/wire/words.py registry/core/* registry/contract/* registry/accounting/* registry/service/reconcile.py registry/service/version_skew.py
 comma := ,
 empty :=

@@ -19,7 +19,7 @@ from random import Random
 import structlog
 
 from deployments.launch.haproxy import haproxy_environment
-from deployments.launch.ray_tls import require_tls_files
+from deployments.launch.ray_tls import SWITCH, make_tls_files, require_tls_files
 from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.private_files import private_folder, write_private
 from deployments.machine.worker_environment import FILE_NAME, hide_secrets
@@ -83,6 +83,9 @@ TEMPORARY = "t"
 HAPROXY_FOLDER = "h"
 """Subfolder for HAProxy's files and sockets."""
 
+TLS_FOLDER = "tls"
+"""Subfolder for the certificate and the key with which Ray's processes recognise each other."""
+
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
@@ -93,7 +96,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
     new access token in ``state_dir/ray-token``; secrets, if there are any, are in ``state_dir/secrets.json``; both are
     removed at the end. Only this user can enter the folder or read these files. Ray opens its own folder to all users,
-    so our files are not in it.
+    so our files are not in it. Ray's processes use TLS, with files that are made here, unless RAY_USE_TLS is set.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray; or Ray's TLS is
@@ -103,6 +106,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     require_tls_files(os.environ)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
     secrets_file = settings.state_dir / FILE_NAME
+    tls: dict[str, str] = {}
     try:
         token_file = _write_token(settings.state_dir)
         temporary = private_folder(folder / TEMPORARY)
@@ -116,14 +120,19 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             # Files that killed processes leave are in here and are removed with the folder.
             "TMPDIR": str(temporary),
         }
+        if SWITCH not in os.environ:
+            tls = make_tls_files(private_folder(folder / TLS_FOLDER))
+            tls |= {"GRPC_VERBOSITY": "NONE"}  # it would log each connection that it refuses, without a limit
         if settings.http.haproxy:
             secret = proxy_secret(token_file)
             environment |= haproxy_environment(folder / HAPROXY_FOLDER, secret, ports=free_ports(3))
         os.environ.pop("RAY_AUTH_TOKEN", None)
-        os.environ.update(environment)
+        os.environ.update(environment | tls)
         hide_secrets(secrets_file, os.environ)
         yield folder
     finally:
+        for name in tls:  # the next cluster makes its own
+            os.environ.pop(name, None)
         remove_cluster_files(settings, folder)
 
 

@@ -1,4 +1,4 @@
-"""TLS between the processes of Ray, which Ray itself does if its variables are set: are the files usable?
+"""TLS between the processes of Ray, which Ray itself does if its variables are set: the files that it needs.
 
 With it, the GCS, the raylets and the workers refuse each connection without a certificate of the CA.
 """
@@ -11,13 +11,23 @@ import os
 import ssl
 import stat
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 
-from deployments.machine.private_files import ANYONE_ELSE
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from deployments.machine.private_files import ANYONE_ELSE, write_private
 from registry.errors import BadSettings
 
 SWITCH = "RAY_USE_TLS"
 CERTIFICATE, KEY, CA = FILES = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 """Ray's variables: the paths of this machine's certificate, of its key, and of the CA's certificate (PEM)."""
+
+LIFETIME = timedelta(days=3650)
+"""How long a certificate of ``make_tls_files`` is valid: longer than any local cluster runs."""
 
 
 def require_tls_files(environment: Mapping[str, str]) -> None:
@@ -52,3 +62,30 @@ def require_tls_files(environment: Mapping[str, str]) -> None:
         context.load_verify_locations(environment[CA])
     except ssl.SSLError as error:
         raise BadSettings(CA, f"has no certificate ({error})") from error
+
+
+# D140: a local cluster uses Ray's TLS
+def make_tls_files(folder: Path) -> dict[str, str]:
+    """Make files for Ray's TLS on this machine alone, and return Ray's variables that name them and switch it on.
+
+    ``folder``: exists, and only this user can enter it. The certificate is for loopback addresses, is its own CA, and
+    is valid from yesterday on, because a clock may be put back.
+    """
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Ray on this machine")])
+    addresses = [x509.DNSName("localhost"), *(x509.IPAddress(ip_address(each)) for each in ("127.0.0.1", "::1"))]
+    now, public = datetime.now(UTC), key.public_key()
+    certificate = (
+        x509.CertificateBuilder(name, name, public, x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + LIFETIME)
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = {CERTIFICATE: folder / "cert.pem", KEY: folder / "key.pem", CA: folder / "cert.pem"}
+    pem, unencrypted = serialization.Encoding.PEM, serialization.NoEncryption()
+    write_private(files[CERTIFICATE], certificate.public_bytes(pem).decode())
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unencrypted)
+    write_private(files[KEY], secret.decode())
+    return {SWITCH: "1", **{variable: str(file) for variable, file in files.items()}}

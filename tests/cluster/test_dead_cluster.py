@@ -1,15 +1,12 @@
 """A local registry whose Ray dies is back without a person, and nothing of the old cluster stays.
 
-The deaths are those of docs/upstream/ray-startsync.md: one call without a token, from any user of the machine.
+What ends Ray here is a signal. What anybody could end it with: test_ray_tls.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,29 +18,9 @@ import pytest
 
 from deployments.launch.restarts import PAUSES_S
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, Ran, Registry, start, stop
+from tests.cluster.conftest import UP_LIMIT_S, Ran, Registry, start, stop
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
-
-REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
-
-
-def call_without_a_token(process: psutil.Process) -> None:
-    """Send what the report for Ray sends, to each port of the process, until it has ended."""
-    script = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(script) == 1
-    for connection in process.net_connections("inet"):
-        if connection.status == psutil.CONN_LISTEN and process.is_running():
-            address = f"127.0.0.1:{connection.laddr.port}"
-            subprocess.run(
-                [sys.executable, "-c", script[0], address], check=True, timeout=60, stdout=subprocess.DEVNULL
-            )
-
-
-def end_with_a_call(process: psutil.Process) -> None:
-    """End a GCS or a raylet as a stranger can."""
-    call_without_a_token(process)
-    process.wait(30)
 
 
 def until_back(registry: Registry, ran: Ran) -> None:
@@ -61,11 +38,11 @@ def until_back(registry: Registry, ran: Ran) -> None:
 def test_a_registry_outlives_the_death_of_its_gcs(
     registry: Registry, llm: Callable[..., dict[str, Any]], measurement_id: int
 ) -> None:
-    """One call ends the GCS: the registry comes back, the lease failed and says why, and who waited is served."""
+    """The GCS is killed: the registry comes back, the lease failed and says why, and who waited is served."""
     holder, waiting = registry.post(measurement_id, llm("a"), llm("a"))
     lost = registry.until(holder, "deployed")["url"]
     ran = Ran(registry, surviving={psutil.Process(registry.process.pid)})
-    end_with_a_call(registry.process_named("gcs/gcs_server"))
+    registry.process_named("gcs/gcs_server").kill()
     until_back(registry, ran)
     assert ran.left() == []
     assert "Ray's gcs_server ended. Starting again" in (registry.folder / "up.log").read_text(encoding="utf-8")
@@ -88,7 +65,7 @@ def test_a_registry_that_dies_too_often_is_given_up(tmp_path: Path) -> None:
     try:
         for number in range(len(PAUSES_S) + 1):
             ran.append(Ran(registry, surviving={psutil.Process(registry.process.pid)}))
-            end_with_a_call(registry.process_named(("raylet/raylet", "gcs/gcs_server")[number % 2]))
+            registry.process_named(("raylet/raylet", "gcs/gcs_server")[number % 2]).kill()
             if number < len(PAUSES_S):
                 until_back(registry, ran[-1])
         assert registry.process.wait(UP_LIMIT_S) == 2

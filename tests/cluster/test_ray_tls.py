@@ -1,67 +1,168 @@
-"""A local registry whose processes of Ray talk to each other by TLS."""
+"""What somebody without a certificate or a key reaches of a local registry, by any of its ports."""
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
+import re
 import socket
 import ssl
-import time
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import grpc  # type: ignore[import-untyped] # its stubs are a package of their own
 import httpx
 import psutil
 import pytest
+import ray.core.generated
 
-from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import start, stop
-from tests.cluster.test_dead_cluster import call_without_a_token
-from tests.cluster.test_lifecycle import llmconfig
-from tests.support.tls_front import made_certificates
+from tests.cluster.conftest import REPOSITORY, Registry
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.fault]
 
+CALL_S = 3
+PATHS = ("/", "/metrics", "/stats", "/machines", "/api/version", "/api/v0/actors", "/-/routes")
+"""Paths at which something of Ray, Serve, HAProxy or the registry answers."""
 
-def listening(process: psutil.Process) -> list[int]:
-    """The TCP ports of a process."""
-    return [each.laddr.port for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+SECURITY = REPOSITORY / "SECURITY.md"
 
 
-def asks_for_a_certificate(port: int) -> bool:
-    """Whether a port speaks TLS, and hangs up on a client without a certificate before it says anything."""
-    anyone = ssl.create_default_context()
-    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
-    anyone.set_alpn_protocols(["h2"])  # what gRPC speaks
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as plain, anyone.wrap_socket(plain) as encrypted:
-            return encrypted.recv(1) == b""
-    except ssl.SSLError:
-        return False
+REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
 
 
-def test_who_has_no_key_reaches_nothing_of_ray(tmp_path: Path) -> None:
-    """The call that ends a GCS or a raylet without TLS ends neither; an LLM is leased and answers before and after."""
-    make_tiny_llm(tmp_path / "llms" / "a", seed=0)
-    ca = made_certificates(tmp_path, f"IP:127.0.0.1,IP:::1,DNS:localhost,DNS:{os.uname().nodename}")
-    (tmp_path / "registry.key").chmod(0o600)
-    files = {"SERVER_CERT": tmp_path / "registry.crt", "SERVER_KEY": tmp_path / "registry.key", "CA_CERT": ca}
-    tls = {"RAY_USE_TLS": "1", **{f"RAY_TLS_{name}": str(file) for name, file in files.items()}}
-    registry = start(tmp_path, tls)
-    try:
-        llm = llmconfig(tmp_path)
-        vital = [registry.process_named("gcs/gcs_server"), registry.process_named("raylet/raylet")]
-        for round_ in range(2):
-            (request_id,) = registry.post(round_ + 1, llm)
-            url = registry.until(request_id, "deployed")["url"]
-            answer = httpx.post(f"{url}/process_prompt", json={"question": "Are you there?"}, timeout=60)
-            assert answer.status_code == 200, answer.text
-            assert registry.delete(request_id) == 204
-            for process in vital:
-                call_without_a_token(process)
-        time.sleep(5)  # an ended GCS would be seen at once, a raylet after a moment
-        assert [process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) for process in vital] == [True, True]
-        for process in vital:
-            assert all(map(asks_for_a_certificate, listening(process))), process
-        # A replica has two ports for gRPC; one of them runs what it is sent.
-        assert sum(map(asks_for_a_certificate, listening(registry.replica()))) == 2
-    finally:
-        stop(registry)
+VITAL = {"gcs_server", "raylet"}
+"""The processes whose end is the end of all."""
+
+
+class Port(NamedTuple):
+    """A TCP port that a process of the registry listens on."""
+
+    process: str
+    number: int
+
+
+def name_of(process: psutil.Process) -> str:
+    """The name of a program: of a script its file."""
+    scripts = [Path(word).name for word in process.cmdline() if word.endswith(".py")]
+    return (scripts or [process.name()])[0]
+
+
+def listening(registry: Registry) -> set[Port]:
+    """All ports of a registry's processes."""
+    found = set()
+    for process in registry.processes():
+        with suppress(psutil.NoSuchProcess):
+            ports = {each.laddr.port for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+            found |= {Port(name_of(process), port) for port in ports}
+    return found
+
+
+def methods_of_ray() -> list[str]:
+    """The paths of all gRPC methods of the installed Ray, and of the one that has no Python module."""
+    found = ["/ray.rpc.syncer.RaySyncer/StartSync"]
+    for module in pkgutil.iter_modules(ray.core.generated.__path__):
+        if module.name.endswith("_pb2"):
+            services = importlib.import_module(f"ray.core.generated.{module.name}").DESCRIPTOR.services_by_name
+            found += [f"/{it.full_name}/{method.name}" for it in services.values() for method in it.methods]
+    return found
+
+
+def answered(channel: grpc.Channel, methods: list[str], sent: tuple[bytes, ...]) -> list[str]:
+    """The methods that answer a stream of messages with anything but an error."""
+    ok = []
+    with channel:
+        for method in methods:
+            call = channel.stream_stream(method, lambda message: message)
+            with suppress(grpc.RpcError):
+                list(call(iter(sent), timeout=CALL_S))
+                ok.append(method)
+    return ok
+
+
+def channels(port: int) -> Iterator[grpc.Channel]:
+    """A channel in clear, and one that believes the port's own certificate, if it shows one."""
+    address = f"127.0.0.1:{port}"
+    yield grpc.insecure_channel(address)
+    with suppress(OSError, ssl.SSLError):
+        shown = ssl.get_server_certificate(("127.0.0.1", port), timeout=CALL_S)
+        yield grpc.secure_channel(address, grpc.ssl_channel_credentials(shown.encode()))
+
+
+def call_without_a_token(port: int) -> None:
+    """Send what the report for Ray sends; without TLS it ends a GCS or a raylet."""
+    script = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(script) == 1
+    command = [sys.executable, "-c", script[0], f"127.0.0.1:{port}"]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def is_silent(port: int, sent: bytes) -> bool:
+    """Whether a port neither answers nor hangs up within a second."""
+    with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        try:
+            connection.sendall(sent)
+            connection.recv(1)
+        except TimeoutError:
+            return True
+    return False
+
+
+def served(port: int) -> set[str]:
+    """The paths that a port serves to somebody without credentials."""
+    found: set[str] = set()
+    if is_silent(port, b"GET / HTTP/1.0\r\n\r\n"):
+        return found
+    with httpx.Client(timeout=CALL_S, trust_env=False) as client:
+        for path in PATHS:
+            with suppress(httpx.HTTPError):
+                if client.get(f"http://127.0.0.1:{port}{path}").status_code < 300:
+                    found.add(path)
+    return found
+
+
+def test_who_has_no_certificate_reaches_nothing_of_ray(
+    registry: Registry, llm: Callable[..., dict[str, Any]], measurement_id: int
+) -> None:
+    """Each port gets noise, and each call of Ray, in clear and by TLS: nothing answers, nothing ends."""
+    (before,) = registry.post(measurement_id, llm("a"))
+    lease = registry.until(before, "deployed")["url"]
+    processes, ports = registry.processes(), sorted(listening(registry))
+    assert len(ports) > 10, ports
+    for port in ports:
+        if port.process in VITAL:
+            call_without_a_token(port.number)
+    methods, secure = methods_of_ray(), set()
+    assert len(methods) > 100
+    for port in ports:
+        if is_silent(port.number, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(1024)):  # an engine's own
+            continue
+        for sent in ((), (os.urandom(64),)):
+            for n, channel in enumerate(channels(port.number)):
+                secure |= {port} if n else set()
+                assert answered(channel, methods, sent) == [], port
+    assert {port.process for port in secure} >= VITAL
+    left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert left == processes
+    answer = httpx.post(f"{lease}/process_prompt", json={"question": "Are you there?"}, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+def test_what_answers_without_credentials_is_in_security_md(
+    registry: Registry, llm: Callable[..., dict[str, Any]], measurement_id: int
+) -> None:
+    """The ports of a local registry that serve something to everybody are those of the table in SECURITY.md."""
+    (request_id,) = registry.post(measurement_id, llm("a"))
+    registry.until(request_id, "deployed")
+    found = set()
+    for port in listening(registry):
+        if paths := served(port.number):
+            found.add(
+                (port.process, "every path" if paths == {*PATHS} else ", ".join(f"`{it}`" for it in sorted(paths)))
+            )
+    rows = re.findall(r"^\| `([^`]+)` \| (every path|`/.*?) \|", SECURITY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found == set(rows)

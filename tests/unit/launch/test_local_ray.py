@@ -18,10 +18,12 @@ from deployments.launch.haproxy import SERVE_ENVIRONMENT
 from deployments.launch.local_ray import (
     FOLDER_PREFIX,
     RAY_ENVIRONMENT,
+    TLS_FOLDER,
     free_ports,
     local_ray_environment,
     require_free_port,
 )
+from deployments.launch.ray_tls import FILES, KEY, SWITCH, make_tls_files
 from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings
@@ -126,6 +128,35 @@ def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     with local_ray_environment(settings_of(tmp_path)):
         assert RAY_ENVIRONMENT.items() <= os.environ.items()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "0"
+
+
+# --- TLS ---------------------------------------------------------------------------------------------------
+
+
+def test_each_cluster_has_certificates_of_its_own(tmp_path: Path) -> None:
+    """Ray's processes recognise each other by files in the cluster's folder, which go with it."""
+    keys = []
+    for _ in range(2):
+        with local_ray_environment(settings_of(tmp_path, haproxy=False)) as folder:
+            assert os.environ[SWITCH] == "1"
+            key = Path(os.environ[KEY])
+            assert key.parent == folder / TLS_FOLDER
+            keys.append(key.read_text())
+        assert not os.environ.keys() & {SWITCH, *FILES}
+    assert len(set(keys)) == 2
+
+
+def test_who_sets_rays_tls_decides(tmp_path: Path) -> None:
+    """RAY_USE_TLS=0 switches it off; files of the operator stay as they are."""
+    os.environ[SWITCH] = "0"
+    with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+        assert os.environ[SWITCH] == "0"
+        assert not os.environ.keys() & set(FILES)
+    own = make_tls_files(tmp_path)
+    os.environ.update(own)
+    with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+        assert own.items() <= os.environ.items()
+    assert own.items() <= os.environ.items()
 
 
 # --- HAProxy -----------------------------------------------------------------------------------------------

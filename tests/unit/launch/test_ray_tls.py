@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import ssl
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from deployments.launch.ray_tls import CA, CERTIFICATE, FILES, KEY, SWITCH, require_tls_files
+from deployments.launch.ray_tls import CA, CERTIFICATE, FILES, KEY, SWITCH, make_tls_files, require_tls_files
 from registry.errors import BadSettings
 from tests.support.tls_front import made_certificates
 
@@ -76,3 +79,47 @@ def test_files_that_can_not_be_used_are_named(
     change(tmp_path)
     with pytest.raises(BadSettings, match=problem):
         require_tls_files(environment)
+
+
+# --- files that are made -----------------------------------------------------------------------------------
+
+
+def test_made_files_are_for_this_user_alone(tmp_path: Path) -> None:
+    """They are what Ray wants, and each start has others."""
+    made = make_tls_files(tmp_path)
+    require_tls_files(made)
+    key = Path(made[KEY])
+    assert [stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()] == [0o600] * 2
+    before = key.read_text()
+    assert make_tls_files(tmp_path) == made
+    assert key.read_text() != before
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "::1", "localhost"])
+async def test_both_sides_know_each_other_by_the_made_files(tmp_path: Path, name: str) -> None:
+    """A process with the files reaches another by each address of this machine; one without them is refused."""
+    made = make_tls_files(tmp_path)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=made[CA])
+    server.load_cert_chain(made[CERTIFICATE], made[KEY])
+    server.verify_mode = ssl.CERT_REQUIRED
+    friend = ssl.create_default_context(cafile=made[CA])
+    friend.load_cert_chain(made[CERTIFICATE], made[KEY])
+    stranger = ssl.create_default_context(cafile=made[CA])
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.close()
+
+    async def heard(context: ssl.SSLContext) -> bytes:
+        port = listening.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
+        try:
+            return await reader.read()
+        except ssl.SSLError:  # with TLS 1.3 a client hears only afterwards that it was refused, or nothing at all
+            return b""
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0, ssl=server) as listening:
+        assert await heard(friend) == b"hello"
+        assert await heard(stranger) == b""

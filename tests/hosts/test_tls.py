@@ -1,0 +1,81 @@
+"""Ray's own TLS on a cluster of several machines, switched on as docs/how-to/run-a-cluster.md says."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+import yaml
+
+from tests.hosts.conftest import REPOSITORY, Cluster, prompt
+from tests.hosts.hosts import INSTALLED, alive
+from tests.support.tls_front import made_certificates
+
+pytestmark = [pytest.mark.hosts, pytest.mark.long, pytest.mark.timeout(1200)]
+
+HOW_TO = REPOSITORY / "docs" / "how-to" / "run-a-cluster.md"
+REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
+BACK_LIMIT_S = 480
+
+
+def block(text: str, language: str) -> str:
+    """The only block of code in this language."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return str(found)
+
+
+@pytest.fixture
+def encrypted(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, started again with TLS; without it afterwards."""
+    desk, hosts = cluster.net.host("desk"), [cluster.net.host(name) for name in ("head", *cluster.workers)]
+    folder = desk.home / "ray-tls"
+    folder.mkdir()
+    names = ",".join(f"IP:{address}" for address in ("127.0.0.1", *(host.address for host in hosts)))
+    ca = made_certificates(folder, names)
+    ca.rename(folder / "ca.pem")
+    (folder / "ca.key").unlink()
+    (folder / "registry.crt").rename(folder / "cert.pem")
+    (folder / "registry.key").rename(folder / "key.pem")
+    (folder / "key.pem").chmod(0o600)
+    _, section = HOW_TO.read_text(encoding="utf-8").split("## Encrypt Ray's connections\n")
+    said = yaml.safe_load(block(section.split("\n## ")[0], "yaml"))
+    file = desk.home / "cluster.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config["file_mounts"] |= said["file_mounts"]
+    config["setup_commands"] += said["setup_commands"]
+    cluster.ray("down -y ~/cluster.yaml")
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    cluster.ray("up -y ~/cluster.yaml")
+    cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
+    yield cluster
+    cluster.ray("down -y ~/cluster.yaml")
+    for host in hosts:
+        host.run("rm -r ~/ray-tls; sed -i /RAY_USE_TLS/d ~/.bashrc")
+    cluster.describe(*cluster.workers)
+    cluster.ray("up -y ~/cluster.yaml")
+    cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
+
+
+def test_a_neighbour_ends_nothing_of_an_encrypted_cluster(encrypted: Cluster) -> None:
+    """LLMs are leased on both machines; the call without a token, which ends a GCS or a raylet, is refused by all."""
+    cluster, neighbour = encrypted, encrypted.net.host("db")
+    leases = [cluster.until(cluster.post(time.time_ns(), name)[0], "deployed") for name in "ab"]
+    assert len({lease["machine"] for lease in leases}) == 2
+    (neighbour.home / "startsync.py").write_text(block(REPORT.read_text(encoding="utf-8"), "python"), encoding="utf-8")
+    tried = []
+    for name in ("head", *cluster.workers):
+        host = cluster.net.host(name)
+        for process in (*host.running("gcs/gcs_server"), *host.running("raylet/raylet")):
+            ports = {each.laddr.port for each in process.net_connections("inet") if each.status == "LISTEN"}
+            for port in ports:
+                neighbour.run(f"{INSTALLED}/.venv/bin/python ~/startsync.py {host.address}:{port}")
+            tried.append((name, process, len(ports)))
+    assert len(tried) == 4
+    assert all(ports for _, _, ports in tried)
+    time.sleep(5)  # a raylet would need a moment
+    assert [name for name, process, _ in tried if not alive(process)] == []
+    for lease in leases:
+        assert prompt(lease["url"]).status_code == 200
+        cluster.release(lease["requestId"])
