@@ -33,6 +33,7 @@ from deployments.launch.local_ray import (
     require_free_port,
 )
 from deployments.launch.node import head_is_kept
+from deployments.launch.ray_tls import require_tls_files
 from deployments.launch.restarts import Life, StopWanted, heed_signals, ignore_signals, keep_running
 from deployments.machine import process_tree
 from deployments.machine.disk import disk_problem
@@ -192,8 +193,9 @@ def _become_driver(settings: Settings) -> None:
     """Set what this process needs to connect to a running cluster.
 
     Raises:
-        BadSettings: Others know its token, or it can't be read.
+        BadSettings: Others know its token, or it can't be read; or the files of Ray's TLS can't be used.
     """
+    require_tls_files(os.environ)
     require_own_token(may_be_missing=True)
     os.environ.update(RAY_ENVIRONMENT | (SERVE_ENVIRONMENT if settings.http.haproxy else {}))
 

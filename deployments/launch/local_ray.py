@@ -19,7 +19,7 @@ from random import Random
 import structlog
 
 from deployments.launch.haproxy import haproxy_environment
-from deployments.launch.ray_tls import SWITCH, make_tls_files, require_tls_files
+from deployments.launch.ray_tls import SWITCH, make_tls_files, quiet, require_tls_files, uses_tls
 from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.private_files import private_folder, write_private
 from deployments.machine.worker_environment import FILE_NAME, hide_secrets
@@ -83,8 +83,11 @@ TEMPORARY = "t"
 HAPROXY_FOLDER = "h"
 """Subfolder for HAProxy's files and sockets."""
 
-TLS_FOLDER = "tls"
-"""Subfolder for the certificate and the key with which Ray's processes recognise each other."""
+TLS_FOLDER = "ray-tls"
+"""Folder in ``state_dir`` with the certificate and the key by which Ray's processes know each other, while they run.
+
+It is not in /tmp, from which systems remove old files: new workers read the files, too.
+"""
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
@@ -96,7 +99,7 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
     The folder holds Ray's session (logs, sockets) and HAProxy's files, and is removed at the end. Each cluster gets a
     new access token in ``state_dir/ray-token``; secrets, if there are any, are in ``state_dir/secrets.json``; both are
     removed at the end. Only this user can enter the folder or read these files. Ray opens its own folder to all users,
-    so our files are not in it. Ray's processes use TLS, with files that are made here, unless RAY_USE_TLS is set.
+    so our files are not in it. Unless RAY_USE_TLS is set, Ray's processes use TLS, with files in ``state_dir/ray-tls``.
 
     Raises:
         BadSettings: HAProxy is wanted, and not installed or not usable with this version of Ray; or Ray's TLS is
@@ -120,14 +123,15 @@ def local_ray_environment(settings: Settings) -> Iterator[Path]:
             # Files that killed processes leave are in here and are removed with the folder.
             "TMPDIR": str(temporary),
         }
-        if SWITCH not in os.environ:
-            tls = make_tls_files(private_folder(folder / TLS_FOLDER))
-            tls |= {"GRPC_VERBOSITY": "NONE"}  # it would log each connection that it refuses, without a limit
+        if not os.environ.get(SWITCH):
+            tls = make_tls_files(private_folder(settings.state_dir / TLS_FOLDER))
+        elif not uses_tls(os.environ):
+            log.warning("Ray's TLS is off: other users of this machine can end Ray and run code", variable=SWITCH)
         if settings.http.haproxy:
             secret = proxy_secret(token_file)
             environment |= haproxy_environment(folder / HAPROXY_FOLDER, secret, ports=free_ports(3))
         os.environ.pop("RAY_AUTH_TOKEN", None)
-        os.environ.update(environment | tls)
+        os.environ.update(environment | quiet(os.environ) | tls)
         hide_secrets(secrets_file, os.environ)
         yield folder
     finally:
@@ -167,8 +171,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def remove_cluster_files(settings: Settings, folder: Path) -> None:
-    """Remove a cluster's folder, its access token and its secrets."""
+    """Remove a cluster's folder, its access token, its secrets and the files of its TLS."""
     remove_folder(folder)
+    shutil.rmtree(settings.state_dir / TLS_FOLDER, ignore_errors=True)
     (settings.state_dir / ACCESS_FILE).unlink(missing_ok=True)
     (settings.state_dir / FILE_NAME).unlink(missing_ok=True)
 

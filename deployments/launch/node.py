@@ -26,7 +26,7 @@ from deployments.launch.access_token import require_own_token
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import HAPROXY_FOLDER, RAY_ENVIRONMENT, TEMPORARY
 from deployments.launch.ray_commands import RayStart
-from deployments.launch.ray_tls import require_tls_files
+from deployments.launch.ray_tls import quiet, require_tls_files, tls_digest
 from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.machine.private_files import open_private, private_folder
 from deployments.machine.worker_environment import forwarded_environment, hide_secrets, secret_environment
@@ -125,7 +125,7 @@ def _start_ray(options: Sequence[str], folder: Path) -> bool:
     told |= secret_environment(os.environ)
     started_with = [item for item in sorted((told | environment).items()) if item[0] not in _NOT_OURS]
     # With another token, Ray's new processes could not join the old ones, and replicas would refuse HAProxy's requests.
-    what = [_code(), proxy_secret(token_path()), started_with, *options]
+    what = [_code(), proxy_secret(token_path()), started_with, *options, tls_digest(os.environ)]
     wanted = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     is_head = "--head" in options
     # D35: a node is started once
@@ -161,6 +161,7 @@ def node_environment(folder: Path) -> dict[str, str]:
         # Where Ray's launcher keeps its list of machines. Ray's monitor, `ray up` and this code must use the same list.
         "RAY_TMPDIR": os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or str(BASE),
         **RAY_ENVIRONMENT,
+        **quiet(os.environ),
         "RAY_AUTH_MODE": "token",  # Ray's ports run code for anyone who can reach them
         **_FOUND_SOON,
         **_OUTLIVE_THE_HEAD,

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from deployments.launch.local_ray import ACCESS_FILE, HAPROXY_FOLDER, free_ports
+from deployments.launch.local_ray import ACCESS_FILE, HAPROXY_FOLDER, TLS_FOLDER, free_ports
 from deployments.machine import process_tree
 from deployments.machine.cluster_token import proxy_secret
 from deployments.machine.worker_environment import FILE_NAME
@@ -234,6 +234,9 @@ PAGES = ("/", "/healthz", "/machines", "/llms", "/audit", "/openapi.json")
 PROXY_SECRET = "secret of HAProxy"
 """The kind of secret with which replicas know the cluster's HAProxy."""
 
+TLS_KEY = "key of Ray's TLS"
+"""The kind of secret with which Ray's processes know each other."""
+
 HAPROXY_FILES = ("changes.sed", "haproxy.cfg")
 """Files of HAProxy that have it."""
 
@@ -256,9 +259,12 @@ def search_for_secrets(registry: Registry, headers: dict[str, str] | None = None
     record = json.loads((registry.folder / "state" / "up.json").read_text())
     token = (registry.folder / "state" / ACCESS_FILE).read_text()
     proxy = proxy_secret(registry.folder / "state" / ACCESS_FILE)
-    search = SecretSearch({**registry.secrets, ACCESS_FILE: {token}, PROXY_SECRET: {proxy}})
-    search.look_at_files(registry.folder, files_with_secrets(registry))
     folder = Path(record["folder"])
+    key = registry.folder / "state" / TLS_FOLDER / "key.pem"
+    lines = {line for line in key.read_text().splitlines() if not line.startswith("-")}
+    known = {ACCESS_FILE: {token}, PROXY_SECRET: {proxy}, TLS_KEY: lines}
+    search = SecretSearch({**registry.secrets, **known})
+    search.look_at_files(registry.folder, {key: {TLS_KEY}, **files_with_secrets(registry)})
     of_haproxy = [path for path in (folder / HAPROXY_FOLDER).rglob("*") if path.name in HAPROXY_FILES]
     search.look_at_files(folder, {path: {PROXY_SECRET} for path in of_haproxy})
     processes = registry.processes()

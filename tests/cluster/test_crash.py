@@ -20,7 +20,7 @@ import pytest
 
 from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import Ran, Registry, start, stop
+from tests.cluster.conftest import Ran, Registry, start, stop_and_search
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
@@ -86,7 +86,7 @@ def crash(llm: dict[str, Any]) -> Iterator[Crash]:
     second = start(folder, leases=SHORT_LEASES)
     crash = Crash(before, ran, second)
     yield crash
-    stop(crash.registry)  # a test may have put another one in its place
+    stop_and_search(crash.registry)  # a test may have put another one in its place
 
 
 @pytest.fixture

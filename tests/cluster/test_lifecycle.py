@@ -23,7 +23,7 @@ from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
 from deployments.machine.cluster_token import proxy_secret
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, start, stop
+from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, start, stop, stop_and_search
 
 pytestmark = pytest.mark.cluster
 
@@ -98,7 +98,7 @@ def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path
         again.until(waiting, "deployed")
         assert again.delete(waiting) == 204
     finally:
-        stop(again)
+        stop_and_search(again)
 
 
 def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import httpx
 import psutil
 import pytest
 import ray.core.generated
+import ray.serve.generated
 
 from tests.cluster.conftest import REPOSITORY, Registry
 
@@ -39,6 +41,13 @@ VITAL = {"gcs_server", "raylet"}
 """The processes whose end is the end of all."""
 
 
+SPEAK_GRPC = VITAL | {"python", "ray::DashboardAgent", "ray::HAProxyManager", "ray::ProxyActor", "ray::RegistryActor"}
+SPEAK_GRPC |= {"ray::ServeController", "ray::ServeReplica"}
+"""The processes with a port for gRPC, which needs the key; python is that of `up`."""
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
 class Port(NamedTuple):
     """A TCP port that a process of the registry listens on."""
 
@@ -47,9 +56,16 @@ class Port(NamedTuple):
 
 
 def name_of(process: psutil.Process) -> str:
-    """The name of a program: of a script its file."""
+    """The name of a program: of a script its file, of Ray's processes the first word of the title."""
     scripts = [Path(word).name for word in process.cmdline() if word.endswith(".py")]
-    return (scripts or [process.name()])[0]
+    found = re.match(r"ray::\w+|.*", process.name())
+    assert found is not None
+    return (scripts or [found[0]])[0]
+
+
+def ports_of(process: psutil.Process) -> set[int]:
+    """The TCP ports on which a process listens."""
+    return {each.laddr.port for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN}
 
 
 def listening(registry: Registry) -> set[Port]:
@@ -57,31 +73,34 @@ def listening(registry: Registry) -> set[Port]:
     found = set()
     for process in registry.processes():
         with suppress(psutil.NoSuchProcess):
-            ports = {each.laddr.port for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN}
-            found |= {Port(name_of(process), port) for port in ports}
+            found |= {Port(name_of(process), port) for port in ports_of(process)}
     return found
 
 
 def methods_of_ray() -> list[str]:
-    """The paths of all gRPC methods of the installed Ray, and of the one that has no Python module."""
-    found = ["/ray.rpc.syncer.RaySyncer/StartSync"]
-    for module in pkgutil.iter_modules(ray.core.generated.__path__):
-        if module.name.endswith("_pb2"):
-            services = importlib.import_module(f"ray.core.generated.{module.name}").DESCRIPTOR.services_by_name
-            found += [f"/{it.full_name}/{method.name}" for it in services.values() for method in it.methods]
+    """The paths of all gRPC methods of the installed Ray and Serve, and of those that have no Python module."""
+    found = [f"/ray.rpc.{name}" for name in ("syncer.RaySyncer/StartSync", "ObjectManagerService/Push")]
+    for package in (ray.core.generated, ray.serve.generated):
+        for module in pkgutil.iter_modules(package.__path__):
+            if module.name.endswith("_pb2"):
+                file = importlib.import_module(f"{package.__name__}.{module.name}").DESCRIPTOR
+                services = file.services_by_name.values()
+                found += [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
     return found
 
 
-def answered(channel: grpc.Channel, methods: list[str], sent: tuple[bytes, ...]) -> list[str]:
-    """The methods that answer a stream of messages with anything but an error."""
-    ok = []
+def reached(channel: grpc.Channel, methods: list[str], sent: tuple[bytes, ...]) -> list[str]:
+    """The methods by which a server was reached: the call's end is anything but that there is no connection."""
+    found = []
     with channel:
         for method in methods:
-            call = channel.stream_stream(method, lambda message: message)
-            with suppress(grpc.RpcError):
-                list(call(iter(sent), timeout=CALL_S))
-                ok.append(method)
-    return ok
+            try:
+                list(channel.stream_stream(method, lambda message: message)(iter(sent), timeout=CALL_S))
+                found.append(f"{method}: OK")
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    found.append(f"{method}: {error.code()}")
+    return found
 
 
 def channels(port: int) -> Iterator[grpc.Channel]:
@@ -125,27 +144,44 @@ def served(port: int) -> set[str]:
     return found
 
 
-def test_who_has_no_certificate_reaches_nothing_of_ray(
+def test_an_open_server_would_be_found() -> None:
+    """A server without TLS is reached by each method, also by those that it does not have."""
+    methods = methods_of_ray()
+    assert {"/ray.serve.ASGIService/Streaming", "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"} <= {*methods}
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert not is_silent(port, PREFACE)
+        assert len(reached(grpc.insecure_channel(f"127.0.0.1:{port}"), methods, ())) == len(methods)
+    finally:
+        server.stop(None).wait(10)
+
+
+def test_who_has_no_key_reaches_nothing_of_ray(
     registry: Registry, llm: Callable[..., dict[str, Any]], measurement_id: int
 ) -> None:
-    """Each port gets noise, and each call of Ray, in clear and by TLS: nothing answers, nothing ends."""
+    """Each port gets noise, and each call of Ray, in clear and by TLS: no server is reached, nothing ends."""
     (before,) = registry.post(measurement_id, llm("a"))
     lease = registry.until(before, "deployed")["url"]
     processes, ports = registry.processes(), sorted(listening(registry))
-    assert len(ports) > 10, ports
+    engines = {port for engine in registry.engines() for port in ports_of(engine)}
     for port in ports:
         if port.process in VITAL:
             call_without_a_token(port.number)
-    methods, secure = methods_of_ray(), set()
-    assert len(methods) > 100
+    methods, secure, open_to = methods_of_ray(), set(), []
     for port in ports:
-        if is_silent(port.number, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(1024)):  # an engine's own
+        if is_silent(port.number, PREFACE + os.urandom(1024)):
+            assert port.number in engines, port
             continue
         for sent in ((), (os.urandom(64),)):
             for n, channel in enumerate(channels(port.number)):
-                secure |= {port} if n else set()
-                assert answered(channel, methods, sent) == [], port
-    assert {port.process for port in secure} >= VITAL
+                secure |= {port.process} if n else set()
+                if found := reached(channel, methods, sent):
+                    open_to.append((port.process, found[0]))
+    # HAProxy speaks HTTP/2, and has no such path.
+    assert {each for each in open_to if each[0] != "haproxy"} == set()
+    assert {name for name in SPEAK_GRPC if name not in secure} == set()
     left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert left == processes
     answer = httpx.post(f"{lease}/process_prompt", json={"question": "Are you there?"}, timeout=60)

@@ -47,15 +47,17 @@ def encrypted(cluster: Cluster) -> Iterator[Cluster]:
     config["setup_commands"] += said["setup_commands"]
     cluster.ray("down -y ~/cluster.yaml")
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    cluster.ray("up -y ~/cluster.yaml")
-    cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
-    yield cluster
-    cluster.ray("down -y ~/cluster.yaml")
-    for host in hosts:
-        host.run("rm -r ~/ray-tls; sed -i /RAY_USE_TLS/d ~/.bashrc")
-    cluster.describe(*cluster.workers)
-    cluster.ray("up -y ~/cluster.yaml")
-    cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
+    try:
+        cluster.ray("up -y ~/cluster.yaml")
+        cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
+        yield cluster
+    finally:
+        cluster.ray("down -y ~/cluster.yaml")
+        for host in hosts:
+            host.run("rm -rf ~/ray-tls; sed -i /RAY_USE_TLS/d ~/.bashrc")
+        cluster.describe(*cluster.workers)
+        cluster.ray("up -y ~/cluster.yaml")
+        cluster.until_ready(*cluster.workers, limit_s=BACK_LIMIT_S)
 
 
 def test_a_neighbour_ends_nothing_of_an_encrypted_cluster(encrypted: Cluster) -> None:
@@ -70,6 +72,8 @@ def test_a_neighbour_ends_nothing_of_an_encrypted_cluster(encrypted: Cluster) ->
         for process in (*host.running("gcs/gcs_server"), *host.running("raylet/raylet")):
             ports = {each.laddr.port for each in process.net_connections("inet") if each.status == "LISTEN"}
             for port in ports:
+                shown = neighbour.run(f"timeout 10 openssl s_client -connect {host.address}:{port} 2>&1", check=False)
+                assert "BEGIN CERTIFICATE" in shown, (name, process, port, shown)
                 neighbour.run(f"{INSTALLED}/.venv/bin/python ~/startsync.py {host.address}:{port}")
             tried.append((name, process, len(ports)))
     assert len(tried) == 4

@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
 CHECK_LIMIT_S = 300
 """Three machines with 4,000 filtered ports each take about half a minute."""
 
+LISTENING = "ss -Hltn | awk '{print $4}' | grep -v '^127\\.\\|^\\[::1\\]' | sed 's/.*://' | sort -un"
+"""Prints the TCP ports of a host that are not on loopback."""
+
 GONE_LIMIT_S = 10
 """The registry says that a lease has ended, and then tells the wrapper."""
 
@@ -134,8 +137,7 @@ def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
     """
     cluster.until_ready("w1", "w2")
     head, neighbour = cluster.head, cluster.net.host("db")
-    listening = "ss -Hltn | awk '{print $4}' | grep -v '^127\\.\\|^\\[::1\\]' | sed 's/.*://' | sort -un"
-    ports = numbers(head.run(listening))
+    ports = numbers(head.run(LISTENING))
     assert not {"8404", "9101"} & set(ports), "HAProxy's statistics and metrics"
 
     def reached() -> set[str]:
@@ -177,6 +179,19 @@ def test_the_firewall_closes_all_but_the_registry(cluster: Cluster) -> None:
         for name in ("head", *cluster.workers):
             cluster.net.host(name).run("nft delete table inet greenprompt", check=False)
     assert "6390" in reached()
+
+
+def test_a_neighbour_gets_answers_from_the_ports_of_security_md_only(cluster: Cluster) -> None:
+    """Without a firewall, of all ports of the head those answer a GET without a key that SECURITY.md names."""
+    cluster.until_ready("w1", "w2")
+    ports = " ".join(numbers(cluster.head.run(LISTENING)))
+    get = f"curl -s -o /dev/null -m 5 -w '%{{http_code}} '$port'\\n' http://{cluster.head.address}:$port$path"
+    tries = f"for port in {ports}; do for path in / /metrics /machines /-/routes; do {get} & done; done; wait"
+    said = cluster.net.host("db").run(tries, check=False)
+    found = {int(port) for code, port in re.findall(r"^(\d+) (\d+)$", said, re.MULTILINE) if code.startswith("2")}
+    replicas = {port for port in found if port in range(30_000, 31_001)}
+    assert replicas
+    assert found - replicas == {8000, 8500, 8090, 44217, 44227}
 
 
 @pytest.mark.long

@@ -23,7 +23,7 @@ from deployments.launch.local_ray import (
     local_ray_environment,
     require_free_port,
 )
-from deployments.launch.ray_tls import FILES, KEY, SWITCH, make_tls_files
+from deployments.launch.ray_tls import FILES, KEY, SWITCH, VERBOSITY, make_tls_files
 from deployments.machine.cluster_token import proxy_secret, token_path
 from deployments.serve.ray_folder import RAY_FOLDER
 from registry.errors import BadSettings
@@ -137,13 +137,26 @@ def test_each_cluster_has_certificates_of_its_own(tmp_path: Path) -> None:
     """Ray's processes recognise each other by files in the cluster's folder, which go with it."""
     keys = []
     for _ in range(2):
-        with local_ray_environment(settings_of(tmp_path, haproxy=False)) as folder:
+        with local_ray_environment(settings_of(tmp_path, haproxy=False)):
             assert os.environ[SWITCH] == "1"
+            assert os.environ[VERBOSITY] == "NONE"
             key = Path(os.environ[KEY])
-            assert key.parent == folder / TLS_FOLDER
+            assert key.parent == tmp_path / TLS_FOLDER
+            assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
             keys.append(key.read_text())
         assert not os.environ.keys() & {SWITCH, *FILES}
+        assert not (tmp_path / TLS_FOLDER).exists()
     assert len(set(keys)) == 2
+
+
+def test_an_empty_switch_is_none(tmp_path: Path) -> None:
+    """Compose files often set a variable to nothing; a word that Ray would take for off is refused."""
+    os.environ[SWITCH] = ""
+    with local_ray_environment(settings_of(tmp_path, haproxy=False)):
+        assert os.environ[SWITCH] == "1"
+    os.environ[SWITCH] = "yes"
+    with pytest.raises(BadSettings, match="RAY_USE_TLS: 'yes' is no answer; set 1 or 0"):
+        local_ray_environment(settings_of(tmp_path, haproxy=False)).__enter__()
 
 
 def test_who_sets_rays_tls_decides(tmp_path: Path) -> None:

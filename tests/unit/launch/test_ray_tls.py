@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import stat
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from deployments.launch.ray_tls import CA, CERTIFICATE, FILES, KEY, SWITCH, make_tls_files, require_tls_files
+from deployments.launch.ray_tls import (
+    CA,
+    CERTIFICATE,
+    FILES,
+    KEY,
+    SWITCH,
+    make_tls_files,
+    require_tls_files,
+    tls_digest,
+)
 from registry.errors import BadSettings
 from tests.support.tls_front import made_certificates
 
@@ -42,15 +52,21 @@ def test_a_variable_that_is_missing_is_named(environment: Environment, name: str
             require_tls_files(broken)
 
 
-@pytest.mark.parametrize("value", ["0", "yes", ""])
+@pytest.mark.parametrize("value", ["0", "false", ""])
 def test_files_without_the_switch_are_no_tls(environment: Environment, value: str) -> None:
     """Somebody believes that the connections are encrypted, and they are not."""
     with pytest.raises(BadSettings, match=f"{CERTIFICATE}: has no effect without {SWITCH}=1"):
         require_tls_files({**environment, SWITCH: value})
 
 
-def _other_ca(folder: Path) -> None:
+def _no_ca(folder: Path) -> None:
     (folder / "ca.pem").write_text("no certificate")
+
+
+def _other_ca(folder: Path) -> None:
+    new = folder / "other"
+    new.mkdir()
+    (folder / "ca.pem").write_bytes(made_certificates(new).read_bytes())
 
 
 def _other_key(folder: Path) -> None:
@@ -68,9 +84,22 @@ def _other_key(folder: Path) -> None:
         (lambda folder: (folder / "registry.key").chmod(0o640), f"{KEY}: other users have access to .* `chmod 600`"),
         (lambda folder: (folder / "registry.crt").write_text("x"), f"{CERTIFICATE}: is no certificate of the key"),
         (_other_key, f"{CERTIFICATE}: is no certificate of the key"),
-        (_other_ca, f"{CA}: has no certificate"),
+        (_no_ca, f"{CA}: has no certificate"),
+        (_other_ca, f"{CERTIFICATE}: is not valid by the certificate in {CA}"),
+        (lambda folder: (folder / "ca.pem").chmod(0o666), f"{CA}: other users have access"),
+        (lambda folder: (folder / "registry.crt").chmod(0o664), f"{CERTIFICATE}: other users have access"),
     ],
-    ids=["no certificate", "no CA", "an open key", "noise", "another key", "noise for a CA"],
+    ids=[
+        "no certificate",
+        "no CA",
+        "an open key",
+        "noise",
+        "another key",
+        "noise for a CA",
+        "another CA",
+        "a CA that others can replace",
+        "a certificate that others can replace",
+    ],
 )
 def test_files_that_can_not_be_used_are_named(
     environment: Environment, tmp_path: Path, change: Callable[[Path], object], problem: str
@@ -79,6 +108,30 @@ def test_files_that_can_not_be_used_are_named(
     change(tmp_path)
     with pytest.raises(BadSettings, match=problem):
         require_tls_files(environment)
+
+
+def test_paths_are_absolute(environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes have other working folders."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadSettings, match=f"{CA}: 'ca.pem' must be an absolute path"):
+        require_tls_files({**environment, CA: "ca.pem"})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
+def test_files_of_others_are_refused(environment: Environment, tmp_path: Path) -> None:
+    """Their owner can replace them."""
+    os.chown(tmp_path / "registry.key", 65534, 65534)
+    with pytest.raises(BadSettings, match=f"{KEY}: .* belongs to another user .uid 65534"):
+        require_tls_files(environment)
+
+
+def test_renewed_files_have_another_digest(environment: Environment, tmp_path: Path) -> None:
+    """Ray is started again for them; without TLS there is none."""
+    before = tls_digest(environment)
+    assert before == tls_digest(environment)
+    assert tls_digest({}) is None
+    _other_ca(tmp_path)
+    assert tls_digest(environment) != before
 
 
 # --- files that are made -----------------------------------------------------------------------------------
