@@ -45,7 +45,9 @@ def test_a_registry_outlives_the_death_of_its_gcs(
     registry.process_named("gcs/gcs_server").kill()
     until_back(registry, ran)
     assert ran.left() == []
-    assert "Ray's gcs_server ended. Starting again" in (registry.folder / "up.log").read_text(encoding="utf-8")
+    assert "Ray's gcs_server was ended by SIGKILL. Starting again" in (registry.folder / "up.log").read_text(
+        encoding="utf-8"
+    )
     state = registry.get(holder)
     assert (state["status"], state["url"]) == ("failed", None)
     assert "was lost" in state["reason"]
@@ -72,7 +74,9 @@ def test_a_registry_that_dies_too_often_is_given_up(tmp_path: Path) -> None:
     finally:
         stop(registry)
     last = (tmp_path / "up.log").read_text(encoding="utf-8").splitlines()[-1]
-    assert last.startswith(f"greenprompt: Ray's gcs_server ended; it was started again {len(PAUSES_S)} times within")
+    assert last.startswith(
+        f"greenprompt: Ray's gcs_server was ended by SIGKILL; it was started again {len(PAUSES_S)} times within"
+    )
     assert [left for each in ran for left in each.left()] == []
     assert not {"up.json", "ray-token"} & {path.name for path in (tmp_path / "state").iterdir()}
     socket.create_server(("127.0.0.1", int(registry.url.rsplit(":", 1)[1]))).close()

@@ -122,7 +122,9 @@ class SecretSearch:
     def look_at_metrics(self, processes: Iterable[psutil.Process]) -> None:
         """Look at the metrics and statistics that these processes serve on any of their ports."""
         for process in processes:
-            ports = {each.laddr.port for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+            ports: set[int] = set()
+            with suppress(psutil.NoSuchProcess):  # HAProxy's process is another after each reload
+                ports = {it.laddr.port for it in process.net_connections("tcp") if it.status == psutil.CONN_LISTEN}
             for port, path in product(sorted(ports), ("/metrics", "/stats")):
                 with suppress(httpx.TransportError):  # other ports speak gRPC
                     answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30, trust_env=False)
