@@ -22,6 +22,7 @@ import httpx
 import jwt
 import structlog
 
+from deployments.models.small_files import require_regular
 from registry.access_errors import JWTNotChecked
 from registry.background import spawn
 from registry.errors import BadSettings, in_one_line
@@ -52,6 +53,9 @@ AGAIN_S = 15.0
 
 OUTAGE_S = AGAIN_S + READ_S
 """How long after a failed read callers don't wait for the next one, seconds, while they have keys."""
+
+GRACE_S = 1.0
+"""How long callers wait after READ_S for a read that does not end when it should, seconds."""
 
 MAX_WAITING = 100
 """Most callers that wait for the keys."""
@@ -134,7 +138,7 @@ class IssuerKeys:
             raise JWTNotChecked("too many callers wait until the keys of its issuer are read", 1.0)
         self._waiting += 1
         try:
-            await asyncio.wait({self._reading}, timeout=READ_S + 1.0)  # a caller that is cancelled does not end it
+            await asyncio.wait({self._reading}, timeout=READ_S + GRACE_S)  # a caller that is cancelled does not end it
         finally:
             self._waiting -= 1
 
@@ -178,7 +182,7 @@ def require_files(settings: OIDCSettings) -> None:
             raise BadSettings("access.oidc.jwks_file", f"{settings.jwks_file} can't be used: {error}") from error
     if settings.ca_file is not None:
         try:
-            ssl.create_default_context(cafile=settings.ca_file)
+            _only(settings.ca_file)
         except OSError as error:  # ssl.SSLError is one
             problem = f"{settings.ca_file} can't be used: {error}; it needs certificates (PEM)"
             raise BadSettings("access.oidc.ca_file", problem) from error
@@ -278,8 +282,10 @@ async def _read(http: httpx.AsyncClient, url: str) -> bytes:
 
 def _contents(file: Path) -> bytes:
     """Return what a file contains. Raises OSError; UnusableKeys if it is too long, or if any user can change it."""
-    with file.open("rb") as opened:
-        if os.fstat(opened.fileno()).st_mode & stat.S_IWOTH:
+    with open(file, "rb", opener=_at_once) as opened:
+        found = os.fstat(opened.fileno())
+        require_regular(file.name, found)
+        if found.st_mode & stat.S_IWOTH:
             raise UnusableKeys("every user of this machine can write to it; run `chmod o-w` on it")
         text = opened.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
@@ -287,11 +293,22 @@ def _contents(file: Path) -> bytes:
     return text
 
 
+def _at_once(name: str, flags: int) -> int:
+    """Open a file; for a named pipe, without waiting for a writer."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def _trust(place: httpx.URL, ca_file: Path | None) -> ssl.SSLContext:
     """Return what trusts the certificate of a host. Reads files. Raises OSError."""
     if place.scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nothing, and is not used
-    return httpx.create_ssl_context() if ca_file is None else ssl.create_default_context(cafile=ca_file)
+    return httpx.create_ssl_context() if ca_file is None else _only(ca_file)
+
+
+def _only(ca_file: Path) -> ssl.SSLContext:
+    """Return what trusts only the CA in a file. Raises OSError."""
+    require_regular(ca_file.name, ca_file.stat())  # a read of a named pipe may not end
+    return ssl.create_default_context(cafile=ca_file)
 
 
 def _object(text: bytes, what: str) -> dict[str, Any]:

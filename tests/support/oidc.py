@@ -108,10 +108,14 @@ def settings(**changes: Any) -> OIDCSettings:
 
 
 class Website:
-    """The ASGI app of an issuer. ``asked``: the paths of all requests. It answers when ``hold`` is set."""
+    """The ASGI app of an issuer. It answers when ``hold`` is set.
+
+    ``asked``: the paths of all requests; ``headers``: those of the last one.
+    """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.headers: dict[bytes, bytes] = {}
         self.answers: dict[str, tuple[int, bytes, list[tuple[bytes, bytes]]]] = {}
         self.was_asked = asyncio.Event()
         self.hold = asyncio.Event()
@@ -125,6 +129,7 @@ class Website:
         """Answer a request; 500 for a path that is not served."""
         assert scope["type"] == "http"
         self.asked.append(scope["path"])
+        self.headers = dict(scope["headers"])
         self.was_asked.set()
         await self.hold.wait()
         status, body, headers = self.answers.get(scope["path"], (500, b"", []))

@@ -57,15 +57,18 @@ def test_issuers(issuer: str) -> None:
         ({"issuer": "idp.example"}, "needs a host"),
         ({"issuer": "https://"}, "needs a host"),
         ({"issuer": "https://ann@idp.example"}, "no user name"),
+        ({"issuer": "https://:secret@idp.example"}, "no user name"),
         ({"issuer": "https://idp.example?realm=lab"}, "no query"),
         ({"issuer": "https://idp.example/#lab"}, "no fragment"),
         ({"issuer": "HTTPS://idp.example"}, "lower case"),
         ({"issuer": "https://IdP.example/Realms"}, "lower case"),
         ({"issuer": "https://idp.example/a b"}, "must escape"),
+        ({"issuer": "https://idp.example/\n"}, "must escape"),
         ({"issuer": "https://ïdp.example"}, "must escape"),
         ({"issuer": "https://idp.example:0"}, "port 0"),
         ({"issuer": "https://idp.example:x"}, "Port could not be cast"),
         ({"issuer": ""}, "at least 1 character"),
+        ({"issuer": f"https://idp.example/{'x' * 255}"}, "at most 255 characters"),
         ({"audience": ""}, "at least 1 character"),
         ({"algorithms": []}, "at least 1 item"),
         ({"algorithms": ["none"]}, "Input should be 'RS256'"),
@@ -78,10 +81,14 @@ def test_issuers(issuer: str) -> None:
         ({"roles": {"viewer": []}}, "a role has no values"),
         ({"roles": {"viewer": ["a"], "operator": ["a"]}}, "a value is listed twice"),
         ({"tenant_claim": None}, "the role client needs tenant_claim"),
+        ({"tenant_claim": []}, "at least 1 item"),
         ({"tenant": "lab"}, "tenant_claim or tenant"),
         ({"tenant_claim": None, "tenant": "a b"}, "should match pattern"),
         ({"types": ["a b"]}, "should match pattern"),
-        ({"leeway_s": 61}, "less than or equal to 60"),
+        ({"types": []}, "at least 1 item"),
+        ({"leeway_s": 60.5}, "less than or equal to 60"),
+        ({"leeway_s": -0.5}, "greater than or equal to 0"),
+        ({"leeway_s": float("nan")}, "finite number"),
         ({"secret": "x"}, "Extra inputs"),
     ],
 )
@@ -89,6 +96,21 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], problem: str) -
     """The error names the field and the remedy."""
     with pytest.raises(ValidationError, match=problem):
         settings(**changes)
+
+
+def test_what_is_accepted_if_the_settings_do_not_say() -> None:
+    """Without a setting, as little is accepted as usual issuers need."""
+    found = settings()
+    assert found.algorithms == ("RS256", "ES256")
+    assert found.types == ("JWT", "at+jwt")
+    assert found.leeway_s == 10
+
+
+def test_files_are_those_of_the_folder_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ingress has another current folder than `up`, which reads the settings."""
+    monkeypatch.chdir(tmp_path)
+    found = settings(jwks_file="jwks.json", ca_file="ca.pem")
+    assert (found.jwks_file, found.ca_file) == (tmp_path / "jwks.json", tmp_path / "ca.pem")
 
 
 def test_a_registry_without_clients_needs_no_tenant() -> None:

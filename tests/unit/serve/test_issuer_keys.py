@@ -3,14 +3,16 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import certifi
+import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from jwt import PyJWK
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from hypothesis import given
+from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm
 from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
@@ -18,26 +20,23 @@ from structlog.testing import capture_logs
 from deployments.serve import issuer_keys
 from deployments.serve.issuer_keys import (
     AGAIN_S,
-    EARLY_S,
     KEPT_S,
     MAX_BYTES,
     MAX_KEYS,
     OLD_S,
-    IssuerKey,
-    IssuerKeys,
     parse_keys,
 )
 from deployments.serve.issuer_keys import issuer_keys as keys_of
 from registry.access_errors import JWTNotChecked
-from registry.errors import BadSettings
 from registry.oidc_settings import OIDCSettings
 from tests.support.app_server import served
 from tests.support.fake_counters import ManualClock
-from tests.support.oidc import Website, ec_key, jwk, jwks, part, rsa_key, settings
+from tests.support.oidc import PrivateKey, Website, ec_key, jwk, jwks, part, rsa_key, settings
 from tests.support.tls_front import made_certificates
 
 CONFIGURATION = "/realms/lab/.well-known/openid-configuration"
 KEYS = "/realms/lab/keys"
+ED25519 = ed25519.Ed25519PrivateKey.generate()
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ class Issuer:
     """A website of an issuer at ``url``, with a configuration and keys."""
 
     def __init__(self, port: int, site: Website) -> None:
-        self.site = site
+        self.site, self.port = site, port
         self.base = f"http://127.0.0.1:{port}"
         self.url = f"{self.base}/realms/lab"
         self.configure()
@@ -142,143 +141,11 @@ async def test_callers_share_one_read(issuer: Issuer) -> None:
     assert issuer.site.asked == [CONFIGURATION, KEYS]
 
 
-async def test_a_slow_issuer_has_a_time_limit(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read of the keys ends after READ_S, also if the issuer sends a byte now and then."""
-    monkeypatch.setattr(issuer_keys, "READ_S", 0.05)
-
-    async def read() -> Sequence[IssuerKey]:
-        await asyncio.Event().wait()
-        return []
-
-    with capture_logs() as logs, pytest.raises(JWTNotChecked):
-        await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
-    assert "Timeout" in logs[0]["reason"]
-
-
-class SlowIssuer:
-    """The keys of an issuer that answers with ``answer`` when ``ready`` is set, or not at all if it is None."""
-
-    def __init__(self) -> None:
-        self.answer: bytes | None = jwks()
-        self.ready = asyncio.Event()
-        self.keys = IssuerKeys("https://idp.example", self._read)
-
-    async def _read(self) -> Sequence[IssuerKey]:
-        await self.ready.wait()
-        if self.answer is None:
-            raise OSError("no answer")
-        return parse_keys(self.answer, ["RS256"])
-
-    async def call(self, key_id: str = "r1") -> asyncio.Task[list[PyJWK]]:
-        """Begin to ask for a key, and return the task, which is done unless it waits for the issuer."""
-        task = asyncio.create_task(self.keys.fitting(key_id, "RS256"))
-        await asyncio.sleep(0)
-        return task
-
-
-@pytest.fixture
-async def slow(clock: ManualClock) -> SlowIssuer:
-    """An issuer whose keys were read just now, and which has become slow."""
-    slow = SlowIssuer()
-    slow.ready.set()
-    assert len(await slow.keys.fitting("r1", "RS256")) == 1
-    slow.ready.clear()
-    return slow
-
-
-async def test_a_forged_kid_delays_no_new_key(slow: SlowIssuer, clock: ManualClock) -> None:
-    """A JWT whose key the issuer had not when somebody made the registry ask is not refused: it may come again."""
-    slow.ready.set()
-    clock.now_s += AGAIN_S
-    assert await slow.keys.fitting("forged", "RS256") == []
-    slow.answer = jwks(jwk(rsa_key(), "r2"))
-    clock.now_s += 1
-    with pytest.raises(JWTNotChecked, match="try again in 14 s"):
-        await slow.keys.fitting("r2", "RS256")
-    clock.now_s += 14
-    assert len(await slow.keys.fitting("r2", "RS256")) == 1
-
-
-WITHOUT_KEYS: dict[str, bytes] = {
-    "none": b'{"keys": []}',
-    "its private part is published": jwks({**jwk(rsa_key(), "r1"), "d": "AQAB"}),
-    "only another algorithm": jwks(jwk(ec_key(), "r1", alg="ES256")),
-}
-
-
-@pytest.mark.parametrize("name", WITHOUT_KEYS)
-async def test_the_last_key_can_be_withdrawn(slow: SlowIssuer, clock: ManualClock, name: str) -> None:
-    """An issuer without usable keys is not one that can't be reached: its old key is refused, and the log says why."""
-    slow.answer = WITHOUT_KEYS[name]
-    slow.ready.set()
-    clock.now_s += OLD_S + 1
-    with capture_logs() as logs:
-        assert await slow.keys.fitting("r1", "RS256") == []
-    assert "all JWTs are refused" in logs[-1]["event"]
-
-
-async def test_keys_are_read_again_before_callers_have_to_wait(slow: SlowIssuer, clock: ManualClock) -> None:
-    """From EARLY_S on, a read begins, and callers use the keys that they have."""
-    clock.now_s += EARLY_S + 1
-    assert len((await slow.call()).result()) == 1
-    slow.answer = b'{"keys": []}'
-    slow.ready.set()
-    assert slow.keys._reading is not None
-    await slow.keys._reading
-    assert await (await slow.call()) == []
-
-
-async def test_a_slow_issuer_withdraws_keys_in_time(slow: SlowIssuer, clock: ManualClock) -> None:
-    """If the keys are older than OLD_S, callers wait for the issuer's answer, so a withdrawn key is not used."""
-    clock.now_s += KEPT_S - 10
-    calls = [await slow.call(), await slow.call()]
-    assert not any(each.done() for each in calls)
-    slow.answer = b'{"keys": []}'
-    slow.ready.set()
-    assert await asyncio.gather(*calls) == [[], []]
-
-
-async def test_nobody_waits_for_an_issuer_that_has_just_failed(slow: SlowIssuer, clock: ManualClock) -> None:
-    """While an issuer does not answer, its keys are used at once; the next attempts are in the background."""
-    slow.answer = None
-    clock.now_s += OLD_S + 1
-    first = await slow.call()
-    slow.ready.set()
-    assert len(await first) == 1
-    slow.ready.clear()
-    clock.now_s += AGAIN_S
-    for _ in range(3):
-        assert len((await slow.call()).result()) == 1
-    assert slow.keys._reading is not None
-    assert not slow.keys._reading.done()
-    slow.ready.set()
-    await slow.keys._reading
-
-
-async def test_a_bounded_number_of_callers_waits(
-    slow: SlowIssuer, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Above MAX_WAITING, a JWT with an unknown key is a 503 at once; a known key needs no wait."""
-    monkeypatch.setattr(issuer_keys, "MAX_WAITING", 3)
-    clock.now_s += AGAIN_S
-    waiting = [await slow.call(f"forged{number}") for number in range(3)]
-    for _ in range(2):
-        with pytest.raises(JWTNotChecked, match="too many callers wait"):
-            (await slow.call("forged")).result()
-    assert len((await slow.call()).result()) == 1
-    assert not any(each.done() for each in waiting)
-    waiting[0].cancel()
-    await asyncio.sleep(0)
-    waiting.append(await slow.call("forged"))
-    assert not waiting[-1].done(), "a caller that hangs up makes room"
-    slow.ready.set()
-    assert await asyncio.gather(*waiting[1:]) == [[]] * 3
-
-
 ODD: dict[str, tuple[tuple[str, bytes, int, tuple[bytes, bytes] | None], str]] = {
     "redirected": ((KEYS, b"", 302, (b"location", b"https://evil.example/keys")), "set access.oidc.jwks_url"),
     "redirected to itself": ((CONFIGURATION, b"", 307, (b"location", b"/other")), "is redirected"),
     "an error": ((KEYS, jwks(), 404, None), "answers 404"),
+    "something else": ((KEYS, jwks(), 203, None), "answers 203"),
     "too long": ((KEYS, b" " * (MAX_BYTES + 1), 200, None), "more than 256 KiB"),
     "compressed": ((KEYS, gzip.compress(jwks()), 200, (b"content-encoding", b"gzip")), "compressed"),
     "no JSON": ((KEYS, b"<html>", 200, None), "no JSON"),
@@ -288,6 +155,7 @@ ODD: dict[str, tuple[tuple[str, bytes, int, tuple[bytes, bytes] | None], str]] =
     "no object": ((KEYS, b"[]", 200, None), "no JSON object"),
     "no list": ((KEYS, b'{"keys": {}}', 200, None), "no list"),
     "too many keys": ((KEYS, jwks(*[{}] * (MAX_KEYS + 1)), 200, None), "100 are allowed"),
+    "an issuer without text": ((CONFIGURATION, b'{"issuer": null}', 200, None), "correct access.oidc.issuer"),
     "another issuer": ((CONFIGURATION, b'{"issuer": "https://evil.example"}', 200, None), "correct access.oidc.issuer"),
 }
 
@@ -299,6 +167,21 @@ async def test_what_an_issuer_must_not_answer(issuer: Issuer) -> None:
         issuer.site.serve(path, body, status, *([] if header is None else [header]))
         await no_keys(issuer, name, reason)
     assert set(issuer.site.asked) == {CONFIGURATION, KEYS}
+
+
+async def test_an_answer_of_the_largest_size_is_used(issuer: Issuer) -> None:
+    """It is asked for without compression, which would be refused."""
+    issuer.site.serve(KEYS, jwks().ljust(MAX_BYTES))
+    assert len(await keys_of(issuer.settings()).fitting("r1", "RS256")) == 1
+    assert issuer.site.headers[b"accept-encoding"] == b"identity"
+
+
+async def test_a_slash_at_the_end_of_an_issuer_counts(issuer: Issuer) -> None:
+    """It is left out of the place of the configuration, but not of the comparison with the issuer."""
+    issuer.configure(issuer=f"{issuer.url}/")
+    await no_keys(issuer, "with a slash", "correct access.oidc.issuer, to the letter")
+    assert len(await keys_of(settings(issuer=f"{issuer.url}/")).fitting("r1", "RS256")) == 1
+    assert issuer.site.asked == [CONFIGURATION, CONFIGURATION, KEYS]
 
 
 async def test_an_answer_without_end_is_not_read_to_its_end(clock: ManualClock) -> None:
@@ -322,18 +205,25 @@ async def test_an_answer_without_end_is_not_read_to_its_end(clock: ManualClock) 
     assert sent < 100 * MAX_BYTES
 
 
-async def test_keys_of_an_issuer_on_this_machine_come_directly(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read without encryption, so no proxy of the environment may see or change them."""
+async def test_keys_on_this_machine_come_directly(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read without encryption, so no proxy of the environment may see or change them. Others need a proxy."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    assert len(await keys_of(issuer.settings()).fitting("r1", "RS256")) == 1
+    for found in (issuer.settings(), settings(jwks_url=f"{issuer.base}{KEYS}")):
+        assert len(await keys_of(found).fitting("r1", "RS256")) == 1
+    monkeypatch.setenv("HTTPS_PROXY", "ftp://127.0.0.1:1")
+    with capture_logs() as logs, pytest.raises(JWTNotChecked):
+        await keys_of(settings()).fitting("r1", "RS256")
+    assert "Unknown scheme for proxy URL" in logs[0]["reason"]
 
 
 NAMED: dict[str | None, str] = {
     "https://evil.example/keys": "another host",
     "http://127.0.0.1:1/keys": "another host",
+    "http://localhost:{port}/realms/lab/keys": "another host",
+    "https://127.0.0.1:{port}/realms/lab/keys": "another host",
     "http://evil.example/keys": "must begin with https://",
     "file:///etc/passwd": "needs a host",
     None: "needs a host",
@@ -343,7 +233,7 @@ NAMED: dict[str | None, str] = {
 async def test_a_configuration_names_no_other_host(issuer: Issuer) -> None:
     """The keys must be on the issuer's host; another one is named by the operator, not by an answer."""
     for url, reason in NAMED.items():
-        issuer.configure(jwks_uri=url)
+        issuer.configure(jwks_uri=url and url.format(port=issuer.port))
         await no_keys(issuer, url, reason)
     assert set(issuer.site.asked) == {CONFIGURATION}
 
@@ -365,9 +255,12 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
             {"kty": "oct", "kid": "secret for RS256", "k": "c2VjcmV0", "alg": "RS256"},
             jwk(rsa_key(), "encrypts", use="enc"),
             jwk(rsa_key(), "signs", key_ops=["sign"]),
+            jwk(rsa_key(), "operations as a number", key_ops=7),
+            jwk(rsa_key(), "operations as a text", key_ops="verify"),
             jwk(rsa_key(), "other", alg="RS512"),
             jwk(rsa_key("short", 1024), "short"),
             jwk(rsa_key(), "long", n=part(b"\xff" * 1025)),
+            jwk(rsa_key(), "8192 bits", n=part(b"\xff" * 1024)),
             jwk(ec_key(), "curve", crv="P-384"),
             jwk(ec_key(), "point", x="AAAA"),
             jwk(ec.generate_private_key(ec.SECP384R1()), "curve of ES384"),
@@ -380,61 +273,41 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
         ),
         ["RS256", "ES256"],
     )
-    assert [each[:2] for each in found] == [("good", "RS256")]
+    assert [each[:2] for each in found] == [("good", "RS256"), ("8192 bits", "RS256")]
 
 
-async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None:
-    """A file is read like a URL, and again when it is old."""
-    file = tmp_path / "jwks.json"
-    file.write_bytes(jwks())
-    keys = keys_of(settings(jwks_file=str(file)))
-    assert len(await keys.fitting("r1", "RS256")) == 1
-    file.write_bytes(jwks(jwk(rsa_key(), "r2")))
-    clock.now_s += AGAIN_S
-    assert len(await keys.fitting("r2", "RS256")) == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "text", "problem"),
+FIELDS = st.sampled_from(["kty", "crv", "x", "y", "n", "e", "alg", "use", "key_ops", "kid", "k", "p", "q"])
+VALUES = st.sampled_from(
     [
-        ("jwks_file", None, "No such file"),
-        ("jwks_file", "{}", "no list"),
-        ("jwks_file", '{"keys": []}', "no key for RS256, ES256"),
-        ("jwks_file", " " * (MAX_BYTES + 1), "more than 256 KiB"),
-        ("ca_file", None, "No such file"),
-        ("ca_file", "no certificate", "needs certificates"),
-    ],
+        None,
+        True,
+        7,
+        1e300,
+        "",
+        "AAAA",
+        "!",
+        "ä",
+        "\0",
+        "A" * 43,
+        [],
+        ["x"],
+        {"a": 1},
+        "P-384",
+        "X25519",
+        "EC",
+        "OKP",
+        "oct",
+    ]
 )
-def test_a_start_needs_the_files(tmp_path: Path, field: str, text: str | None, problem: str) -> None:
-    """A file that can't be used is an error of `up`, which names the setting."""
-    file = tmp_path / "file"
-    if text is not None:
-        file.write_text(text)
-    with pytest.raises(BadSettings, match=rf"access\.oidc\.{field}: .*{problem}"):
-        issuer_keys.require_files(settings(**{field: str(file)}))
 
 
-async def test_a_file_that_every_user_can_change_is_not_used(clock: ManualClock, tmp_path: Path) -> None:
-    """Who can change the keys can sign JWTs of an operator. The error is one of `up`, and of each read."""
-    file = tmp_path / "jwks.json"
-    file.write_bytes(jwks())
-    file.chmod(0o666)
-    changed = settings(jwks_file=str(file))
-    with pytest.raises(BadSettings, match=r"every user of this machine can write to it; run `chmod o-w`"):
-        issuer_keys.require_files(changed)
-    with pytest.raises(JWTNotChecked):
-        await keys_of(changed).fitting("r1", "RS256")
-
-
-async def test_any_failure_is_an_issuer_that_is_not_reached(clock: ManualClock) -> None:
-    """An error of a library, for instance of a proxy's URL, does not end the ingress's background task."""
-
-    async def read() -> Sequence[IssuerKey]:
-        raise ImportError("socksio is missing")
-
-    with capture_logs() as logs, pytest.raises(JWTNotChecked):
-        await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
-    assert logs[0]["reason"] == "ImportError: socksio is missing"
+@given(data=st.data(), changes=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3))
+def test_an_odd_key_does_not_hide_another(data: st.DataObject, changes: dict[str, Any]) -> None:
+    """Whatever the fields of a key are, it is left out or used, and the good one besides it is used."""
+    keys: list[PrivateKey] = [rsa_key(), ec_key(), ED25519]
+    odd = data.draw(st.sampled_from(keys))
+    found = parse_keys(jwks(jwk(odd, "odd", **changes), jwk(rsa_key(), "good")), ["RS256", "ES256", "EdDSA"])
+    assert ("good", "RS256") in [each[:2] for each in found]
 
 
 async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_path: Path) -> None:
@@ -449,6 +322,7 @@ async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_p
             with capture_logs() as logs, pytest.raises(JWTNotChecked):
                 await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
             assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
+        assert len(issuer_keys._trust(httpx.URL(url), ca_file).get_ca_certs()) == 1, "no CA besides it is trusted"
         changing = tmp_path / "changing.crt"
         changing.write_text(certifi.contents())
         keys = keys_of(settings(jwks_url=url, ca_file=str(changing)))

@@ -1,0 +1,128 @@
+"""The file of an issuer's keys, and the file of its CA: what they may be, and when they are read."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.serve import issuer_keys
+from deployments.serve.issuer_keys import AGAIN_S, MAX_BYTES
+from deployments.serve.issuer_keys import issuer_keys as keys_of
+from registry.access_errors import JWTNotChecked
+from registry.errors import BadSettings
+from tests.support.fake_counters import ManualClock
+from tests.support.oidc import jwk, jwks, rsa_key, settings
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    clock = ManualClock()
+    monkeypatch.setattr(issuer_keys, "monotonic", clock)
+    return clock
+
+
+async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None:
+    """A file is read like a URL, and again when it is old."""
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks())
+    keys = keys_of(settings(jwks_file=str(file)))
+    assert len(await keys.fitting("r1", "RS256")) == 1
+    file.write_bytes(jwks(jwk(rsa_key(), "r2")))
+    clock.now_s += AGAIN_S
+    assert len(await keys.fitting("r2", "RS256")) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "problem"),
+    [
+        ("jwks_file", None, "No such file"),
+        ("jwks_file", "{}", "no list"),
+        ("jwks_file", '{"keys": []}', "no key for RS256, ES256"),
+        ("jwks_file", " " * (MAX_BYTES + 1), "more than 256 KiB"),
+        ("ca_file", None, "No such file"),
+        ("ca_file", "no certificate", "needs certificates"),
+    ],
+)
+def test_a_start_needs_the_files(tmp_path: Path, field: str, text: str | None, problem: str) -> None:
+    """A file that can't be used is an error of `up`, which names the setting."""
+    file = tmp_path / "file"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadSettings, match=rf"access\.oidc\.{field}: .*{problem}"):
+        issuer_keys.require_files(settings(**{field: str(file)}))
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o622, 0o602])
+async def test_a_file_that_every_user_can_change_is_not_used(clock: ManualClock, tmp_path: Path, mode: int) -> None:
+    """Who can change the keys can sign JWTs of an operator. The error is one of `up`, and of each read."""
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks())
+    file.chmod(mode)
+    changed = settings(jwks_file=str(file))
+    with pytest.raises(BadSettings, match=r"every user of this machine can write to it; run `chmod o-w`"):
+        issuer_keys.require_files(changed)
+    with pytest.raises(JWTNotChecked):
+        await keys_of(changed).fitting("r1", "RS256")
+
+
+def test_a_group_may_change_the_file(tmp_path: Path) -> None:
+    """The operators of an issuer may be a group; what everybody may read is public."""
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks())
+    file.chmod(0o664)
+    issuer_keys.require_files(settings(jwks_file=str(file)))
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a named pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("field", ["jwks_file", "ca_file"])
+@pytest.mark.parametrize("name", ODD)
+async def test_only_regular_files_are_read(clock: ManualClock, tmp_path: Path, name: str, field: str) -> None:
+    """A read of a named pipe would not end: neither `up`, nor a thread of the ingress. The error comes at once."""
+    ODD[name](tmp_path / "file")
+    changed = settings(**{field: str(tmp_path / "file")})
+    with pytest.raises(BadSettings, match=rf"access\.oidc\.{field}: .*(no regular file|Is a directory)"):
+        await asyncio.wait_for(asyncio.to_thread(issuer_keys.require_files, changed), timeout=5)
+    with pytest.raises(JWTNotChecked):
+        await asyncio.wait_for(keys_of(changed).fitting("r1", "RS256"), timeout=5)
+
+
+def test_a_file_of_the_largest_size_is_used(tmp_path: Path) -> None:
+    """Of a larger one, at most one byte more is read into memory."""
+    file = tmp_path / "jwks.json"
+    file.write_bytes(jwks().ljust(MAX_BYTES))
+    issuer_keys.require_files(settings(jwks_file=str(file)))
+    os.truncate(file, 64 * MAX_BYTES)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSettings, match="more than 256 KiB"):
+            issuer_keys.require_files(settings(jwks_file=str(file)))
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_slow_disk_does_not_stop_the_ingress(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is read in a thread, while other calls are answered."""
+    answered = threading.Event()
+
+    def contents(_file: Path) -> bytes:
+        assert answered.wait(timeout=5), "the ingress waits for the disk"
+        return jwks()
+
+    monkeypatch.setattr(issuer_keys, "_contents", contents)
+    call = asyncio.create_task(keys_of(settings(jwks_file="/jwks.json")).fitting("r1", "RS256"))
+    await asyncio.sleep(0.01)
+    answered.set()
+    assert len(await call) == 1
