@@ -2,7 +2,7 @@
 
 A process that starts as root becomes that user in its first lines, and then executes itself again. So nothing of root
 is left in it: neither rights nor variables. It also gets a network of its own, with a loopback interface only, because
-a port of Ray on this machine runs code for everybody who reaches it.
+a port of Ray on this machine runs code for everybody who reaches it, unless Ray's TLS is on.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 # D122: bounds of the files that are read into memory
 CONFIG_BYTES: Final = 8 * 2**20
@@ -49,6 +49,22 @@ def require_regular(name: str, found: os.stat_result) -> None:
         raise NotAFile(name)
 
 
+def open_regular(file: Path) -> BinaryIO:
+    """Open a file to read its bytes. Raises OSError; NotAFile, which is one, if it is no regular file."""
+    opened = open(file, "rb", opener=_without_waiting)  # noqa: SIM115 - pathlib has no opener
+    try:
+        require_regular(file.name, os.fstat(opened.fileno()))
+    except NotAFile:
+        opened.close()
+        raise
+    return opened
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def read_small(file: Path, most_bytes: int) -> bytes:
     """Return a file's content. Reads at most one byte more than the limit.
 
@@ -57,11 +73,8 @@ def read_small(file: Path, most_bytes: int) -> bytes:
         NotAFile: It is no regular file.
         OSError: It can't be read.
     """
-    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:  # noqa: PTH123
-        found = os.fstat(opened.fileno())
-        require_regular(file.name, found)
-        require_small(file.name, found.st_size, most_bytes)
+    with open_regular(file) as opened:
+        require_small(file.name, os.fstat(opened.fileno()).st_size, most_bytes)
         content = opened.read(most_bytes + 1)  # it may have grown
     require_small(file.name, len(content), most_bytes)
     return content

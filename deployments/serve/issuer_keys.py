@@ -22,7 +22,7 @@ import httpx
 import jwt
 import structlog
 
-from deployments.models.small_files import require_regular
+from deployments.models.small_files import open_regular, require_regular
 from registry.access_errors import JWTNotChecked
 from registry.background import spawn
 from registry.errors import BadSettings, in_one_line
@@ -282,20 +282,13 @@ async def _read(http: httpx.AsyncClient, url: str) -> bytes:
 
 def _contents(file: Path) -> bytes:
     """Return what a file contains. Raises OSError; UnusableKeys if it is too long, or if any user can change it."""
-    with open(file, "rb", opener=_at_once) as opened:
-        found = os.fstat(opened.fileno())
-        require_regular(file.name, found)
-        if found.st_mode & stat.S_IWOTH:
+    with open_regular(file) as opened:
+        if os.fstat(opened.fileno()).st_mode & stat.S_IWOTH:
             raise UnusableKeys("every user of this machine can write to it; run `chmod o-w` on it")
         text = opened.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise UnusableKeys(f"it has more than {MAX_BYTES // 1024} KiB")
     return text
-
-
-def _at_once(name: str, flags: int) -> int:
-    """Open a file; for a named pipe, without waiting for a writer."""
-    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def _trust(place: httpx.URL, ca_file: Path | None) -> ssl.SSLContext:

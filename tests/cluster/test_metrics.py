@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from tests.cluster.conftest import Registry
+from tests.support.listening_ports import listening_ports
 
 pytestmark = pytest.mark.cluster
 
@@ -24,8 +24,7 @@ LIMIT_S = 90
 
 def exported(registry: Registry) -> dict[str, set[str]]:
     """The labels of our metrics by name, as a Prometheus server reads them from the head."""
-    agent = registry.process_named("ray::DashboardAgent")
-    ports = {each.laddr.port for each in agent.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
+    ports = listening_ports(registry.process_named("ray::DashboardAgent"))
     found: dict[str, set[str]] = {}
     for port in ports:
         with suppress(httpx.TransportError):  # its other ports speak gRPC

@@ -24,6 +24,8 @@ import ray.core.generated
 import ray.serve.generated
 
 from tests.cluster.conftest import REPOSITORY, Registry
+from tests.support.listening_ports import listening_ports
+from tests.support.startsync import startsync
 
 pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.fault]
 
@@ -33,13 +35,8 @@ PATHS = ("/", "/metrics", "/stats", "/machines", "/api/version", "/api/v0/actors
 
 SECURITY = REPOSITORY / "SECURITY.md"
 
-
-REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
-
-
 VITAL = {"gcs_server", "raylet"}
 """The processes whose end is the end of all."""
-
 
 SPEAK_GRPC = VITAL | {"python", "ray::DashboardAgent", "ray::HAProxyManager", "ray::ProxyActor", "ray::RegistryActor"}
 SPEAK_GRPC |= {"ray::ServeController", "ray::ServeReplica"}
@@ -61,24 +58,21 @@ def name_of(process: psutil.Process) -> str:
     return (scripts or [found[0]])[0]
 
 
-def ports_of(*processes: psutil.Process) -> set[int]:
-    """The TCP ports on which processes listen."""
-    connections = [each for process in processes for each in process.net_connections("inet")]
-    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
-
-
 def listening(registry: Registry) -> set[Port]:
-    """All ports of a registry's processes but those of the engine, which answer nobody."""
+    """The ports of a registry's processes. Those of the engine are left out, because they answer nobody."""
     found, engines = set(), registry.engines()
     for process in registry.processes():
         with suppress(psutil.NoSuchProcess):
-            found |= {Port(name_of(process), port) for port in ports_of(process) if process not in engines}
+            found |= {Port(name_of(process), port) for port in listening_ports(process) if process not in engines}
     return found
 
 
 def methods_of_ray() -> list[str]:
     """The paths of all gRPC methods of the installed Ray and Serve, and of those that have no Python module."""
-    found = [f"/ray.rpc.{name}" for name in ("syncer.RaySyncer/StartSync", "ObjectManagerService/Push")]
+    found = [
+        f"/ray.rpc.{name}"
+        for name in ("syncer.RaySyncer/StartSync", "ObjectManagerService/Push", "ObjectManagerService/Pull")
+    ]
     for package in (ray.core.generated, ray.serve.generated):
         for module in pkgutil.iter_modules(package.__path__):
             if module.name.endswith("_pb2"):
@@ -113,9 +107,7 @@ def channels(port: int) -> Iterator[grpc.Channel]:
 
 def call_without_a_token(port: int) -> None:
     """Send what the report for Ray sends; without TLS it ends a GCS or a raylet."""
-    script = re.findall(r"```python\n(.*?)```", REPORT.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(script) == 1
-    command = [sys.executable, "-c", script[0], f"127.0.0.1:{port}"]
+    command = [sys.executable, "-c", startsync(), f"127.0.0.1:{port}"]
     subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
@@ -157,7 +149,7 @@ def test_who_has_no_key_reaches_nothing_of_ray(
     lease = registry.until(before, "deployed")["url"]
     # HAProxy's process is another after each reload.
     processes = [process for process in registry.processes() if process.name() != "haproxy"]
-    engines, ports = ports_of(*registry.engines()), sorted(listening(registry))
+    engines, ports = listening_ports(*registry.engines()), sorted(listening(registry))
     for port in ports:
         if port.process in VITAL:
             call_without_a_token(port.number)

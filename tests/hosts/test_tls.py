@@ -11,19 +11,14 @@ import yaml
 
 from tests.hosts.conftest import REPOSITORY, Cluster, prompt
 from tests.hosts.hosts import INSTALLED, alive
+from tests.support.listening_ports import listening_ports
+from tests.support.startsync import startsync
 from tests.support.tls_front import made_certificates
 
 pytestmark = [pytest.mark.hosts, pytest.mark.long, pytest.mark.timeout(1200)]
 
 HOW_TO = REPOSITORY / "docs" / "how-to" / "run-a-cluster.md"
-REPORT = REPOSITORY / "docs" / "upstream" / "ray-startsync.md"
 BACK_LIMIT_S = 480
-
-
-def block(text: str, language: str) -> str:
-    """The only block of code in this language."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    return str(found)
 
 
 @pytest.fixture
@@ -40,7 +35,8 @@ def encrypted(cluster: Cluster) -> Iterator[Cluster]:
     (folder / "registry.key").rename(folder / "key.pem")
     (folder / "key.pem").chmod(0o600)
     _, section = HOW_TO.read_text(encoding="utf-8").split("## Encrypt Ray's connections\n")
-    said = yaml.safe_load(block(section.split("\n## ")[0], "yaml"))
+    (lines,) = re.findall(r"```yaml\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    said = yaml.safe_load(lines)
     file = desk.home / "cluster.yaml"
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     config["file_mounts"] |= said["file_mounts"]
@@ -65,13 +61,13 @@ def test_a_neighbour_ends_nothing_of_an_encrypted_cluster(encrypted: Cluster) ->
     cluster, neighbour = encrypted, encrypted.net.host("db")
     leases = [cluster.until(cluster.post(time.time_ns(), name)[0], "deployed") for name in "ab"]
     assert len({lease["machine"] for lease in leases}) == 2
-    (neighbour.home / "startsync.py").write_text(block(REPORT.read_text(encoding="utf-8"), "python"), encoding="utf-8")
+    (neighbour.home / "startsync.py").write_text(startsync(), encoding="utf-8")
     tried = []
     for name in ("head", *cluster.workers):
         host = cluster.net.host(name)
         named = ("gcs/gcs_server", "raylet/raylet") if name == "head" else ("raylet/raylet",)
         for process in (process for part in named for process in host.running(part)):
-            ports = {each.laddr.port for each in process.net_connections("inet") if each.status == "LISTEN"}
+            ports = listening_ports(process)
             for port in ports:
                 shown = neighbour.run(f"timeout 10 openssl s_client -connect {host.address}:{port} 2>&1", check=False)
                 assert "BEGIN CERTIFICATE" in shown, (name, process, port, shown)

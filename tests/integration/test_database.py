@@ -61,7 +61,7 @@ def test_a_commit_waits_for_the_disk(store: Store):
 
 
 def test_closing_leaves_one_file_and_the_lock(sqlite_url: str, tmp_path: Path):
-    """A closed SQLite database is one file to copy, which nobody else may read; closing again is no error."""
+    """A closed SQLite database is one file to copy, which only its owner can read. It may be closed twice."""
     store = Store.open(sqlite_url)
     store.commit(changes(SMALL), events=(EventRow("Something", 1.0),))
     store.close()

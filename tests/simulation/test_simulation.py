@@ -28,11 +28,10 @@ from registry.wire.words import RequestStatus
 from tests.simulation.machines import Weather
 from tests.simulation.shape import KINDS, OF_MACHINES, Shape
 from tests.simulation.world import Verdict, large_world, run, settings_of, small_world, two_machines
-from tests.support.quick import fewer_if_quick
 from tests.support.virtual_time import Stuck, VirtualLoop
 
 ROOT = Path(__file__).parents[2]
-SEEDS, LONG_SEEDS = fewer_if_quick(40), 10_000
+SEEDS, LONG_SEEDS = 8 if os.environ.get("HYPOTHESIS_PROFILE") == "quick" else 40, 10_000
 SEEN_WITHIN = 60
 """Number of seeds within which the simulation must detect each fault that is built into the registry here."""
 

@@ -18,6 +18,8 @@ from urllib.parse import quote, urlsplit
 import httpx
 import psutil
 
+from tests.support.listening_ports import listening_ports
+
 API_KEY = "API key"
 JWT = "JWT"
 LEASE_TOKEN = "token of a lease"
@@ -124,7 +126,7 @@ class SecretSearch:
         for process in processes:
             ports: set[int] = set()
             with suppress(psutil.NoSuchProcess):  # HAProxy's process is another after each reload
-                ports = {it.laddr.port for it in process.net_connections("tcp") if it.status == psutil.CONN_LISTEN}
+                ports = listening_ports(process)
             for port, path in product(sorted(ports), ("/metrics", "/stats")):
                 with suppress(httpx.TransportError):  # other ports speak gRPC
                     answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30, trust_env=False)

@@ -26,7 +26,7 @@ Make = Callable[..., ServiceWorld]
 
 
 async def test_llm_is_deployed_and_handed_over(world: ServiceWorld) -> None:
-    """A request deploys its LLM and gets an address. The wrapper accepts it before the client is told of it."""
+    """A request deploys its LLM and gets an address. The wrapper accepts the address before the client hears of it."""
     gate = world.cluster.hold("a-0", "deploy")
     (request_id,) = world.ask(1, TINY)
     await world.until(lambda: gate.arrived)

@@ -20,13 +20,6 @@ from tests.support.fake_counters import ManualClock
 from tests.support.oidc import jwk, jwks, rsa_key, settings
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    clock = ManualClock()
-    monkeypatch.setattr(issuer_keys, "monotonic", clock)
-    return clock
-
-
 async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None:
     """A file is read like a URL, and again when it is old."""
     file = tmp_path / "jwks.json"

@@ -39,13 +39,6 @@ KEYS = "/realms/lab/keys"
 ED25519 = ed25519.Ed25519PrivateKey.generate()
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    clock = ManualClock()
-    monkeypatch.setattr(issuer_keys, "monotonic", clock)
-    return clock
-
-
 class Issuer:
     """A website of an issuer at ``url``, with a configuration and keys."""
 

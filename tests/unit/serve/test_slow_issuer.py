@@ -27,13 +27,6 @@ from tests.support.fake_counters import ManualClock
 from tests.support.oidc import ec_key, jwk, jwks, rsa_key
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    clock = ManualClock()
-    monkeypatch.setattr(issuer_keys, "monotonic", clock)
-    return clock
-
-
 async def test_a_slow_issuer_has_a_time_limit(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of the keys ends after READ_S, also if the issuer sends a byte now and then."""
     monkeypatch.setattr(issuer_keys, "READ_S", 0.05)
@@ -197,7 +190,7 @@ async def test_keys_are_used_for_the_documented_times(slow: SlowIssuer, clock: M
 
 
 async def test_keys_are_used_for_an_hour_of_an_outage(slow: SlowIssuer, clock: ManualClock) -> None:
-    """A key that may have been withdrawn long ago identifies nobody: from then on, the answer is 503."""
+    """If the issuer does not answer for KEPT_S, its keys may have been withdrawn: the answer is 503."""
     begin_s = clock.now_s
     slow.answer = None
     slow.ready.set()
