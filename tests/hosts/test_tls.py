@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from tests.hosts.conftest import REPOSITORY, Cluster, prompt
-from tests.hosts.hosts import INSTALLED, alive
-from tests.support.listening_ports import listening_ports
+from tests.hosts.hosts import INSTALLED, Host, alive
 from tests.support.startsync import startsync
 from tests.support.tls_front import made_certificates
 
@@ -19,6 +18,14 @@ pytestmark = [pytest.mark.hosts, pytest.mark.long, pytest.mark.timeout(1200)]
 
 HOW_TO = REPOSITORY / "docs" / "how-to" / "run-a-cluster.md"
 BACK_LIMIT_S = 480
+LOOPBACK = ("127.0.0.1", "[::1]")
+
+
+def ports_of(host: Host, program: str) -> list[str]:
+    """The TCP ports of a program that other hosts reach. psutil sees no sockets of another network namespace."""
+    said = host.run(f"ss -Hltnp | grep '\"{program}\"'")
+    addresses = [line.split()[3] for line in said.splitlines() if line.startswith("LISTEN")]
+    return sorted({port for ip, _, port in (each.rpartition(":") for each in addresses) if ip not in LOOPBACK})
 
 
 @pytest.fixture
@@ -65,9 +72,9 @@ def test_a_neighbour_ends_nothing_of_an_encrypted_cluster(encrypted: Cluster) ->
     tried = []
     for name in ("head", *cluster.workers):
         host = cluster.net.host(name)
-        named = ("gcs/gcs_server", "raylet/raylet") if name == "head" else ("raylet/raylet",)
-        for process in (process for part in named for process in host.running(part)):
-            ports = listening_ports(process)
+        for program in ("gcs/gcs_server", "raylet/raylet") if name == "head" else ("raylet/raylet",):
+            (process,) = host.running(program)
+            ports = ports_of(host, process.name())
             for port in ports:
                 shown = neighbour.run(f"timeout 10 openssl s_client -connect {host.address}:{port} 2>&1", check=False)
                 assert "BEGIN CERTIFICATE" in shown, (name, process, port, shown)
