@@ -51,7 +51,7 @@ check: env ## run after each change: linters, and the tests that need no Ray, vL
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
-	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -q $(SHARED) tests/unit tests/property tests/simulation
+	HYPOTHESIS_PROFILE=quick $(BIN)/pytest -q $(SHARED) -m "not long and not slow" tests/unit tests/property tests/simulation
 
 test-unit: env ## the tests that need neither Ray nor vLLM
 	$(BIN)/pytest $(SHARED) -m "not cluster and not vllm and not fault and not hosts and not long"

@@ -28,6 +28,7 @@ def judged(tally: Tally) -> None:
     assert abs(error_j) <= systematic_j + chance_j
 
 
+@pytest.mark.slow
 @pytest.mark.no_cover  # counting lines takes longer than the simulation; other tests cover what it runs
 @pytest.mark.timeout(1200)
 def test_published_figures_contain_the_truth() -> None:

@@ -21,6 +21,8 @@ from tests.energy_world.random_history import random_history
 from tests.energy_world.truth import Energy, Steps, Truth, sum_of, total
 from tests.energy_world.world import EnergyWorld
 
+pytestmark = pytest.mark.slow
+
 seeds = st.integers(0, 10**6)
 some_seeds = settings(max_examples=20, deadline=None)
 

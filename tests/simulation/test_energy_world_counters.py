@@ -18,6 +18,8 @@ from tests.energy_world.tree import Process
 from tests.energy_world.truth import Steps
 from tests.energy_world.world import EnergyWorld
 
+pytestmark = pytest.mark.slow
+
 seeds = st.integers(0, 10**6)
 some_seeds = settings(max_examples=20, deadline=None)
 

@@ -214,7 +214,14 @@ def shown_tables(made: Measured) -> list[str]:
 
 @pytest.mark.parametrize(
     ("in_flight", "kind"),
-    [(1, "calm"), (1, "gh200"), (4, "h100_intel"), (4, "sampled"), (16, "calm"), (16, "h200_amd")],
+    [
+        (4, "h100_intel"),
+        pytest.param(1, "calm", marks=pytest.mark.slow),
+        pytest.param(1, "gh200", marks=pytest.mark.slow),
+        pytest.param(4, "sampled", marks=pytest.mark.slow),
+        pytest.param(16, "calm", marks=pytest.mark.slow),
+        pytest.param(16, "h200_amd", marks=pytest.mark.slow),
+    ],
 )
 def test_the_summary_is_the_truth(in_flight: int, kind: str) -> None:
     """With 1, 4 and 16 prompts in flight, the summary is the sum of the final windows (1e-9), and contains the truth.

@@ -106,6 +106,7 @@ def test_a_thousand_machines_and_a_hundred_thousand_requests() -> None:
     assert verdict.requests >= 100_000
 
 
+@pytest.mark.slow
 def test_a_seed_tells_the_same_story_in_every_process() -> None:
     """A seed gives the same events in every process, whatever the hash seed, so that a failure can be repeated."""
     seed = next(seed for seed in range(SEEDS) if len(small_world(seed).kinds) == 6)

@@ -231,6 +231,7 @@ def test_every_import_is_a_listed_dependency() -> None:
     assert unlisted == set()
 
 
+@pytest.mark.slow
 def test_programs_in_strings_import_what_is_there() -> None:
     """Programs that tests start with `python -c` import names that their modules have; no linter looks there."""
     line = re.compile(rf"^\s*from ((?:{'|'.join(HOUSES)})[\w.]*) import ([\w, ]+)$", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The ingress against its own OpenAPI document: generated requests, good and bad, with a stand-in for the registry."""
+"""The OpenAPI document of the ingress, and what every route with a body refuses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import http.client
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, settings
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from deployments.models.sources import ModelSources
 from deployments.serve.http_app import IngressConfig, build_app
@@ -21,15 +17,6 @@ from tests.support.fake_registry import FakeRegistry
 REGISTRY = FakeRegistry()
 CONFIG = IngressConfig(ModelSources(True, (), Path("/")), (), hosts=("testserver",))
 APP = build_app(CONFIG, REGISTRY.call)
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
-
-
-@SCHEMA.parametrize()
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_documented(case: schemathesis.Case[Any]) -> None:
-    """Whatever is sent, the answer has a documented status and body: no 500, nothing wrong accepted."""
-    # The document can't say which models and arguments there are: some of what it allows is refused, with a reason.
-    case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
 
 def test_the_document_is_the_same_on_every_python(monkeypatch: pytest.MonkeyPatch) -> None:

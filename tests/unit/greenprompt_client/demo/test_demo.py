@@ -335,6 +335,7 @@ with _one_signal(), _registry(Path(sys.argv[1]), Console()):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_what_the_demo_started(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM ends the registry like Ctrl-C, and further signals don't break its end."""

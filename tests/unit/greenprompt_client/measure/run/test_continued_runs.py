@@ -66,7 +66,7 @@ def hold_at(registry: HttpRegistry, prompt: int) -> tuple[threading.Event, threa
     return come, go
 
 
-@pytest.mark.parametrize("prompt", [1, 5, 12])
+@pytest.mark.parametrize("prompt", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 12))])
 def test_killed_run_is_gone_on_with(
     command: Callable[[], subprocess.Popen[str]], registry: HttpRegistry, tmp_path: Path, prompt: int
 ) -> None:
