@@ -1,13 +1,17 @@
-"""What is left of a registry when its machine, its owner or its actor stops: requests in order, leases, nothing else.
+"""What is left of a registry whose owner, actor or whole machine stops: requests in order, leases, nothing else.
 
-One registry is started, crashes, and is started again in the same ``state_dir``, with leases of a few seconds from then
-on; the tests after the first one use what came back.
+One registry is started, its owner is killed, and it is started again in the same ``state_dir``, with leases of a few
+seconds from then on. The next tests use what came back. The last one ends it as its operator would, and goes on with it
+in a spoiled shell. The folder has an odd name throughout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +22,9 @@ import httpx
 import psutil
 import pytest
 
-from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import Ran, Registry, start, stop_and_search
+from tests.cluster.conftest import Ran, Registry, start, stop, stop_and_search
+from tests.cluster.spoiled_shell import ODD_FOLDER, all_at_once, detached
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
 
@@ -30,11 +34,18 @@ SHORT_LEASES = {"max_s": LEASE_S, "at_expiry": "finish"}
 
 @dataclass
 class Crash:
-    """A registry before and after a crash of its machine: what each request was, and what ran."""
+    """A registry before and after its owner was killed.
+
+    ``before``, ``configured``: what each request was, and the LLMs that ran before anybody asked. ``ran``: what it ran.
+    ``temporary``: TMPDIR of both. ``traces``: what was in places that others use, before the first start.
+    """
 
     before: dict[str, dict[str, Any]]
+    configured: list[dict[str, Any]]
     ran: Ran
     registry: Registry
+    temporary: Path
+    traces: set[str]
 
     @property
     def holder(self) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def prompt(address: str) -> httpx.Response:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The one LLM that is asked for here; its folder is the registry's."""
-    folder = tmp_path_factory.mktemp("crash")
+    folder = tmp_path_factory.mktemp("crash") / ODD_FOLDER
     return {
         "modeltyp": "text-generation",
         "model": str(make_tiny_llm(folder / "llms" / "a", seed=0)),
@@ -66,12 +77,34 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def traces() -> set[str]:
+    """What Ray, HAProxy, torch and vLLM could leave behind in places that others use, too."""
+    patterns = ("tmp/ray*", "tmp/haproxy*", "tmp/torch*", "tmp/vllm*", "dev/shm/plasma*", "dev/shm/torch*")
+    return {str(path) for pattern in patterns for path in Path("/").glob(pattern)}
+
+
+def until_ready(registry: Registry) -> list[dict[str, Any]]:
+    """The LLMs of a registry, once the first is ready; fails after 60 s."""
+    deadline_s = time.monotonic() + 60
+    while True:
+        llms: list[dict[str, Any]] = httpx.get(f"{registry.url}/llms", timeout=60).json()
+        if llms and llms[0]["status"] == "ready":
+            return llms
+        assert time.monotonic() < deadline_s, llms
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def crash(llm: dict[str, Any]) -> Iterator[Crash]:
-    """A registry with a lease and a queue, all of whose processes were killed, and its successor."""
+    """A registry with a lease and a queue, whose owner was killed, and its successor, which was started at once."""
     folder = Path(llm["model"]).parents[1]
-    first = start(folder)
+    traces_before = traces()
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    variables = {"TMPDIR": str(temporary)}
+    first = start(folder, variables, deploy=[{"machine": "*", "llm": llm}])
     try:
+        configured = until_ready(first)
         (holder,) = first.post(1, llm)
         first.until(holder, "deployed")
         first.post(2, llm, tenant="a")
@@ -81,12 +114,13 @@ def crash(llm: dict[str, Any]) -> Iterator[Crash]:
         before = {request_id: first.get(request_id) for request_id in first.posted}
         ran = Ran(first)
     finally:
-        process_tree.kill(first.processes())
+        first.process.kill()
         first.process.wait()
-    second = start(folder, leases=SHORT_LEASES)
-    crash = Crash(before, ran, second)
-    yield crash
-    stop_and_search(crash.registry)  # a test may have put another one in its place
+    second = start(folder, variables, leases=SHORT_LEASES)
+    try:
+        yield Crash(before, configured, ran, second, temporary, traces_before)
+    finally:
+        stop(second)
 
 
 @pytest.fixture
@@ -98,7 +132,12 @@ def registry(crash: Crash) -> Iterator[Registry]:
     crash.registry.posted.clear()
 
 
-def test_requests_outlive_a_crash_of_the_machine(crash: Crash) -> None:
+def test_a_configured_llm_runs_before_anybody_asks(crash: Crash, llm: dict[str, Any]) -> None:
+    """The LLMs of the configuration are deployed when the registry starts."""
+    assert [each["model"] for each in crash.configured] == [llm["model"]]
+
+
+def test_requests_outlive_the_owner(crash: Crash) -> None:
     """The same ids answer: the lease has failed and says why, the others are served in the order they had."""
     registry = crash.registry
     assert [crash.before[request_id]["position"] for request_id in crash.queue] == [1, 2, 3, 4, 5]
@@ -118,8 +157,8 @@ def test_requests_outlive_a_crash_of_the_machine(crash: Crash) -> None:
     assert (refused.status_code, refused.json()["code"]) == (403, "no_such_lease")
 
 
-def test_nothing_is_left_of_a_crash(crash: Crash) -> None:
-    """Nothing of what crashed runs on beside its successor, or takes room on its machine."""
+def test_a_killed_owner_takes_everything_along(crash: Crash) -> None:
+    """A ``greenprompt up`` that is killed ends its cluster: nothing runs on beside its successor, or takes room."""
     assert crash.ran.left() == []
 
 
@@ -197,19 +236,30 @@ def test_a_lease_expires_while_the_registry_restarts(registry: Registry, llm: di
     registry.until(after, "deployed")
 
 
-def test_a_killed_owner_takes_everything_along(crash: Crash, llm: dict[str, Any]) -> None:
-    """A ``greenprompt up`` that is killed ends its cluster; the next starts at once, whatever has yet to end."""
+def test_it_ends_without_a_trace_and_goes_on_in_a_spoiled_shell(crash: Crash, llm: dict[str, Any]) -> None:
+    """SIGTERM leaves no process, port or file, and no secret was seen. The next start has the same requests.
+
+    It runs in the background. Its shell has proxies, certificates, limits, a locale and an umask that do not fit.
+    """
     registry = crash.registry
-    (warm,) = registry.post(20, llm)
-    registry.until(warm, "deployed")
-    ran = Ran(registry)  # takes seconds on a busy machine, in which the next lease would be over, and its LLM handed on
-    registry.delete(warm)
-    (held, waiting) = registry.post(21, llm, llm)
-    registry.until(held, "deployed")
-    registry.process.kill()
-    registry.process.wait()
-    crash.registry = start(registry.folder, leases=SHORT_LEASES)
-    assert ran.left() == []
-    assert crash.registry.get(held)["status"] in ("failed", "expired")  # lost with its machine, or out of time before
-    crash.registry.until(waiting, "deployed")
-    crash.registry.delete(waiting)
+    (holder,) = registry.post(21, llm)
+    registry.until(holder, "deployed")
+    (waiting,) = registry.post(22, llm)
+    folder = Path(json.loads((registry.folder / "state" / "up.json").read_text(encoding="utf-8"))["folder"])
+    assert folder.is_dir()
+    processes = registry.processes()
+    stop_and_search(registry)
+    assert registry.process.returncode == 0
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert alive == []
+    port = int(registry.url.rsplit(":", 1)[1])
+    socket.create_server(("127.0.0.1", port)).close()
+    assert not folder.exists()
+    assert list(crash.temporary.iterdir()) == []
+    assert traces() <= crash.traces
+
+    config = (registry.folder / "config.yaml").read_text(encoding="utf-8")
+    with detached(registry.folder, all_at_once(config), port):
+        assert registry.get(holder)["status"] == "expired"
+        registry.until(waiting, "deployed")
+        assert registry.delete(waiting) == 204

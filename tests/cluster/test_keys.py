@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.machine import process_tree
 from deployments.serve.jwt_identities import MAX_JWT
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
 from registry.settings import OPERATOR_KEY
-from tests.cluster.conftest import REPOSITORY, Registry, start, stop_and_search
+from tests.cluster.conftest import REPOSITORY, Ran, Registry, files_with_secrets, search_for_secrets, start, stop
 from tests.support import oidc
 from tests.support.app_server import served_in_thread
 from tests.support.prompting_service_client import prompt_url
@@ -53,7 +55,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path, issuer: st
     registry = start(folder, access=access, models={"local_roots": [str(workspace / "llms")]})
     registry.note_key((folder / "state" / OPERATOR_KEY).read_text())
     yield registry
-    stop_and_search(registry, {"Authorization": f"Bearer {new_key(registry, '--role', 'operator')}"})
+    stop(registry)
 
 
 def greenprompt(registry: Registry, *words: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -176,3 +178,21 @@ def test_keys_survive_a_restart(closed: Registry) -> None:
         time.sleep(0.2)
     assert answer.status_code == 200
     assert file.read_text() == before
+
+
+def test_a_refused_start_removes_what_a_crash_left(closed: Registry) -> None:
+    """All processes are killed at once, as if the machine had crashed: the next command takes away what they left.
+
+    The command is a start that is refused. No secret was seen, and none is in a file that others can read.
+    """
+    ran = Ran(closed)
+    search = search_for_secrets(closed, {"Authorization": f"Bearer {new_key(closed, '--role', 'operator')}"})
+    process_tree.kill(closed.processes())
+    closed.process.wait()
+    assert ran.folder.exists()
+    with socket.create_server(("127.0.0.1", int(closed.url.rsplit(":", 1)[1]))):
+        refused = greenprompt(closed, "up", "--config", str(closed.folder / "config.yaml"))
+    assert (refused.returncode, "http.port" in refused.stderr) == (2, True), refused.stderr
+    assert ran.left() == []
+    search.look_at_files(closed.folder, files_with_secrets(closed))
+    assert search.found == []

@@ -1,8 +1,7 @@
-"""``greenprompt up`` and ``down``: what they say, what they refuse, what they leave."""
+"""``greenprompt up``: what it refuses in one line, and a cluster that it joins."""
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -10,9 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -22,12 +19,10 @@ import yaml
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
 from deployments.machine.cluster_token import proxy_secret
-from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, start, stop, stop_and_search
+from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
 
 pytestmark = pytest.mark.cluster
 
-LLM = Callable[..., dict[str, Any]]
 FORBIDDEN_LLM = """
 deploy:
   - llm: {modeltyp: text-generation, model: /etc, uses_chat_template: true, args: {prompting: {}, deployment: {}}}
@@ -45,60 +40,6 @@ def greenprompt(*arguments: str, **environment: str) -> subprocess.CompletedProc
         timeout=UP_LIMIT_S,
         check=False,
     )
-
-
-def llmconfig(folder: Path, name: str = "a") -> dict[str, Any]:
-    """A tiny LLM below a test's own folder."""
-    return {
-        "modeltyp": "text-generation",
-        "model": str(folder / "llms" / name),
-        "uses_chat_template": True,
-        "args": {"prompting": {"max_new_tokens": 4}, "deployment": {"enforce_eager": True}},
-    }
-
-
-def traces() -> set[str]:
-    """What Ray, HAProxy, torch and vLLM could leave behind in places that others use, too."""
-    patterns = ("tmp/ray*", "tmp/haproxy*", "tmp/torch*", "tmp/vllm*", "dev/shm/plasma*", "dev/shm/torch*")
-    return {str(path) for pattern in patterns for path in Path("/").glob(pattern)}
-
-
-def test_a_registry_ends_without_a_trace_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Configured LLMs run before anyone asks; SIGTERM leaves no process, port or file; the queue is still there."""
-    make_tiny_llm(tmp_path / "llms" / "a", seed=0)
-    before = traces()
-    own = tmp_path / "tmp"
-    own.mkdir()
-    registry = start(tmp_path, {"TMPDIR": str(own)}, deploy=[{"machine": "*", "llm": llmconfig(tmp_path)}])
-    folder = Path(json.loads((tmp_path / "state" / "up.json").read_text(encoding="utf-8"))["folder"])
-    assert folder.is_dir()
-    deadline_s = time.monotonic() + 60
-    while (llms := httpx.get(f"{registry.url}/llms", timeout=60).json()) == [] or llms[0]["status"] != "ready":
-        assert time.monotonic() < deadline_s, llms
-        time.sleep(0.2)
-    assert llms[0]["model"] == str(tmp_path / "llms" / "a")
-
-    (holder,) = registry.post(7, llmconfig(tmp_path))
-    assert registry.until(holder, "deployed", limit_s=30)["status"] == "deployed"
-    (waiting,) = registry.post(8, llmconfig(tmp_path))
-    processes = registry.processes()
-    stop(registry)
-    assert registry.process.returncode == 0
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert alive == []
-    port = int(registry.url.rsplit(":", 1)[1])
-    socket.create_server(("127.0.0.1", port)).close()
-    assert not folder.exists()
-    assert list(own.iterdir()) == []
-    assert traces() <= before
-
-    again = start(tmp_path)
-    try:
-        assert again.get(holder)["status"] == "expired"
-        again.until(waiting, "deployed")
-        assert again.delete(waiting) == 204
-    finally:
-        stop_and_search(again)
 
 
 def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:

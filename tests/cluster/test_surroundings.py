@@ -8,40 +8,36 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
-import httpx
 import pytest
 
 from deployments.launch.local_ray import FOLDER_PREFIX, TEMPORARY, free_ports
-from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
+from tests.cluster.spoiled_shell import (
+    CERTIFICATES,
+    HOME,
+    LOCALE,
+    LOW_LIMIT,
+    ODD_FOLDER,
+    PROXIES,
+    UMASK,
+    Case,
+    detached,
+    greenprompt,
+)
 
 pytestmark = pytest.mark.cluster
 
 REFUSED_LIMIT_S = 30
 """Longest time until a start is refused; 10 s on a machine with nothing else to do."""
-
-
-class Case(NamedTuple):
-    """``config`` is YAML, in which ``@`` is the test's own folder; so it is in ``environment`` and ``before``.
-
-    ``before`` is shell code that runs in the shell of the command. ``told`` must be in the one line of the refusal.
-    """
-
-    told: str
-    environment: Mapping[str, str] = {}
-    config: str = ""
-    before: str = ":"
 
 
 REFUSED = {
@@ -113,22 +109,17 @@ BY_SETTINGS = (
 """What the settings refuse like the rows before them; the unit tests of the settings have each of them."""
 
 READY = {
-    "proxies": Case(
-        "",
-        dict.fromkeys(
-            ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9"
-        ),
-    ),
+    "proxies": Case("", PROXIES),
     "SOCKS proxy": Case("", {"ALL_PROXY": "socks5://127.0.0.1:9", "all_proxy": "socks5://127.0.0.1:9"}),
-    "certificates": Case("", {"SSL_CERT_FILE": "/nowhere", "REQUESTS_CA_BUNDLE": "/nowhere"}),
-    "percent and question mark": Case("", {"GREENPROMPT_STATE_DIR": "@/100%25 ?mode=ro #x"}),
+    "certificates": Case("", CERTIFICATES),
+    "percent and question mark": Case("", {"GREENPROMPT_STATE_DIR": f"@/{ODD_FOLDER}"}),
     "IPv6 loopback": Case("", config="http: {host: '::1', haproxy: false}"),
     "every interface": Case("", config="{http: {host: '0.0.0.0'}, access: {insecure: true}}"),
     "every interface, IPv6": Case("", config="{http: {host: '::', haproxy: false}, access: {insecure: true}}"),
-    "low soft limit": Case("", before="ulimit -Sn 256"),
-    "locale": Case("", {"LC_ALL": "C", "LANG": "xx_YY.nonsense", "PYTHONIOENCODING": "ascii"}),
-    "umask": Case("", before="umask 0777; umask 077"),
-    "empty home": Case("", {"HOME": ""}),
+    "low soft limit": Case("", before=LOW_LIMIT),
+    "locale": Case("", LOCALE),
+    "umask": Case("", before=UMASK),
+    "empty home": Case("", HOME),
     "no home": Case("", before="unset HOME"),
     "another cluster's address": Case("", {"RAY_ADDRESS": "203.0.113.1:6379", "RAY_AUTH_TOKEN": "x"}),
     "temporary folder is long": Case("", {"TMPDIR": "@/" + "t" * 120}, before="mkdir @/" + "t" * 120),
@@ -139,9 +130,7 @@ READY = {
     "dashboard's port is taken": Case("", before="true"),
     "no standard input": Case("", before="exec <&-"),
 }
-"""Every case of these is a start of its own, so all but the union of the first ones is long."""
-
-TOGETHER = ("proxies", "certificates", "percent and question mark", "low soft limit", "locale", "umask", "empty home")
+"""Each of these is a start of its own, so it is long. test_lifecycle.py has most of them in one start."""
 
 
 @pytest.fixture
@@ -160,30 +149,6 @@ def other(tmp_path: Path) -> Iterator[Path]:
         yield state
         assert process.poll() is None, "another registry was ended"
         process.kill()
-
-
-def greenprompt(tmp_path: Path, case: Case, *words: str, limit_s: float) -> subprocess.CompletedProcess[str]:
-    """Run the command in a shell that the case has spoiled, in a mount namespace of its own."""
-    config = tmp_path / "config.yaml"
-    config.write_text(case.config.replace("@", str(tmp_path)), encoding="utf-8")
-    own = {"GREENPROMPT_STATE_DIR": str(tmp_path / "state"), "GREENPROMPT_CACHE_DIR": str(tmp_path / "cache")}
-    spoiled = {name: value.replace("@", str(tmp_path)) for name, value in case.environment.items()}
-    if "port" not in case.config:
-        own["GREENPROMPT_HTTP__PORT"] = str(free_ports(1)[0])
-    if "GREENPROMPT_STATEDIR" in spoiled:
-        own.pop("GREENPROMPT_STATE_DIR")
-    command = shlex.join([sys.executable, "-m", "greenprompt_client.cli.main", *words, "--config", str(config)])
-    shell = f"cd {shlex.quote(str(REPOSITORY))}; {case.before.replace('@', str(tmp_path))}\nexec {command}"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GREENPROMPT_")}
-    return subprocess.run(
-        ["unshare", "--mount", "bash", "-c", shell],
-        env=inherited | {"HF_HUB_OFFLINE": "1", **own, **spoiled},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=limit_s,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -216,35 +181,6 @@ def test_a_second_one_leaves_the_first_alone(tmp_path: Path, other: Path) -> Non
     assert (other / "up.log").read_text() == "what it said\n"
 
 
-def _is_ready_and_goes(case: Case, tmp_path: Path) -> None:
-    port = free_ports(1)[0]
-    case = case._replace(environment={**case.environment, "GREENPROMPT_HTTP__PORT": str(port)})
-    try:
-        up = greenprompt(tmp_path, case, "up", "--detach", limit_s=UP_LIMIT_S)
-        assert up.returncode == 0, up.stdout + up.stderr
-        host = "[::1]" if "::" in case.config else "127.0.0.1"
-        assert f"http://{host}:{port}" in up.stdout
-        assert httpx.get(f"http://{host}:{port}/healthz", trust_env=False).json()["status"] == "ok"
-        second = greenprompt(tmp_path, case, "up", limit_s=UP_LIMIT_S)
-        assert (second.returncode, len(second.stderr.strip().splitlines())) == (2, 1), second.stderr
-        assert "a registry runs from" in second.stderr
-    finally:
-        down = greenprompt(tmp_path, case, "down", limit_s=UP_LIMIT_S)
-    assert down.returncode == 0, down.stdout + down.stderr
-    socket.create_server(("127.0.0.1", port)).close()
-    assert "No registry runs" in greenprompt(tmp_path, case, "down", limit_s=UP_LIMIT_S).stdout
-
-
-def test_ready_in_spite_of_all(tmp_path: Path, other: Path) -> None:
-    """Proxies, certificates, odd folders, limits, locale, umask and no home, all together: ``up --detach`` is ready.
-
-    A second ``up`` is refused, and ``down`` waits for the end.
-    """
-    cases = [READY[name] for name in TOGETHER]
-    environment = {name: value for case in cases for name, value in case.environment.items()}
-    _is_ready_and_goes(Case("", environment, before="; ".join(case.before for case in cases)), tmp_path)
-
-
 def test_processes_of_a_killed_registry_go_first(tmp_path: Path, other: Path) -> None:
     """What a registry left that was killed, a process and its folder, goes before anything is started or refused."""
     folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir="/tmp"))
@@ -265,13 +201,14 @@ def test_processes_of_a_killed_registry_go_first(tmp_path: Path, other: Path) ->
 @pytest.mark.long
 @pytest.mark.parametrize("name", READY)
 def test_ready_in_spite_of(name: str, tmp_path: Path, other: Path) -> None:
-    """Each of them on its own."""
-    if name == "dashboard's port is taken":
-        with socket.socket() as taken:
+    """``up --detach`` is ready, and ``down`` leaves nothing."""
+    port = free_ports(1)[0]
+    case = READY[name]._replace(environment={**READY[name].environment, "GREENPROMPT_HTTP__PORT": str(port)})
+    with socket.socket() as taken:
+        if name == "dashboard's port is taken":
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):  # whoever has it will do
                 taken.bind(("127.0.0.1", 8265))
                 taken.listen()
-            _is_ready_and_goes(READY[name], tmp_path)
-    else:
-        _is_ready_and_goes(READY[name], tmp_path)
+        with detached(tmp_path, case, port):
+            pass

@@ -16,26 +16,17 @@ from deployments.engine.vllm_api import RunningLLM
 from tests.engine.calls import FAST, at_the_gate, client
 from tests.support.tool_calls import GREEN, NAMED, TOOL
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
 
 ASK: Any = [{"role": "user", "content": "Is the grid green?"}]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
-    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path_factory.mktemp("cache"))
-    await host.prepare()
-    yield host
-    await host.close()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def llm(host: EngineHost, llms: Path) -> RunningLLM:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def llm(host: EngineHost, llms: Path) -> AsyncIterator[RunningLLM]:
     """The tiny LLM, with a parser for the calls that it makes of its own accord."""
+    args = {**FAST, "tool_call_parser": "hermes"}
+    yield await host.start(str(llms / "a"), served_model_name="tiny", engine_args=args)
     await host.stop()
-    return await host.start(
-        str(llms / "a"), served_model_name="tiny", engine_args={**FAST, "tool_call_parser": "hermes"}
-    )
 
 
 def api(llm: RunningLLM) -> openai.AsyncOpenAI:

@@ -20,20 +20,12 @@ from tests.support.tool_calls import NAMED, TOOL
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
     # vLLM's own name in its chats; one field is right for both of its APIs.
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
 ]
 
 Spoiled = Callable[..., Path]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def host(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
-    host = EngineHost(gpus=0, kv_cache_gib=0.125, cache_dir=tmp_path_factory.mktemp("cache"))
-    await host.prepare()
-    yield host
-    await host.close()
 
 
 @pytest.fixture
@@ -52,8 +44,14 @@ def spoiled(llms: Path, tmp_path: Path) -> Spoiled:
     return make
 
 
-async def started(host: EngineHost, path: Path) -> RunningLLM:
+@pytest_asyncio.fixture(loop_scope="session", autouse=True)
+async def no_llm_is_left(host: EngineHost) -> AsyncIterator[None]:
+    """No test leaves an LLM running."""
+    yield
     await host.stop()
+
+
+async def started(host: EngineHost, path: Path) -> RunningLLM:
     return await host.start(str(path), served_model_name="tiny", engine_args=FAST)
 
 
@@ -101,12 +99,10 @@ async def test_tools_need_a_parser(host: EngineHost, llms: Path) -> None:
             assert answer.status_code == 400
             told = answer.json()["error"]["message"]
             assert told.endswith("requires args.deployment.tool_call_parser to be set")
-    await host.stop()
 
 
 async def test_reason_of_a_start_is_in_our_words(host: EngineHost, llms: Path) -> None:
     """A parser that vLLM does not have is told as the word of the llmconfig that names it."""
-    await host.stop()
     with pytest.raises(EngineStartFailed) as caught:
         await host.start(str(llms / "a"), engine_args={**FAST, "tool_call_parser": "nope"})
     assert "args.deployment.tool_call_parser requires tool_parser:'nope'" in caught.value.reason
