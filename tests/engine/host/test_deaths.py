@@ -19,7 +19,7 @@ from tests.engine.host.started import Brake, start
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.asyncio(loop_scope="package"),
     # After a start that failed vLLM leaves its message queue to the garbage collector.
     pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning"),
 ]

@@ -16,7 +16,7 @@ from deployments.engine.warm.forkserver import run_apart
 from tests.engine.host.started import engines_of
 from tests.support.hostile.tokenizers import ROWS, HostileTokenizer
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="package")]
 
 CPU_S, MEMORY_BYTES, WALL_S = 1, 2**30, 60.0
 """Limits of a trial: seconds, bytes, seconds. The last one lets no row hang; the first ones end it."""

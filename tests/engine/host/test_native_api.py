@@ -16,12 +16,17 @@ from deployments.engine.vllm_api import RunningLLM
 from tests.engine.calls import FAST, at_the_gate, client
 from tests.support.tool_calls import GREEN, NAMED, TOOL
 
-pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="package")]
 
 ASK: Any = [{"role": "user", "content": "Is the grid green?"}]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
+@pytest.fixture(autouse=True)
+def empty_afterwards() -> None:
+    """All tests of this file use one LLM; the last one stops it."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
 async def llm(host: EngineHost, llms: Path) -> AsyncIterator[RunningLLM]:
     """The tiny LLM, with a parser for the calls that it makes of its own accord."""
     args = {**FAST, "tool_call_parser": "hermes"}

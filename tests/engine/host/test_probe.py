@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from deployments.engine.host import EngineHost
 from deployments.engine.vllm_api import RunningLLM
@@ -20,7 +19,7 @@ from tests.support.tool_calls import NAMED, TOOL
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.asyncio(loop_scope="package"),
     # vLLM's own name in its chats; one field is right for both of its APIs.
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
 ]
@@ -42,13 +41,6 @@ def spoiled(llms: Path, tmp_path: Path) -> Spoiled:
         return copy
 
     return make
-
-
-@pytest_asyncio.fixture(loop_scope="session", autouse=True)
-async def no_llm_is_left(host: EngineHost) -> AsyncIterator[None]:
-    """No test leaves an LLM running."""
-    yield
-    await host.stop()
 
 
 async def started(host: EngineHost, path: Path) -> RunningLLM:
