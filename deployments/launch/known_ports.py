@@ -19,7 +19,7 @@ _RUNS_CODE = "runs code with Ray's token"
 
 # With the ports of cluster.yaml and the defaults of Ray 2.60.
 _ONE_PORT = {
-    6390: KnownPort("Ray's GCS", f"ends the cluster with one message, without a token; {_RUNS_CODE}"),
+    6390: KnownPort("Ray's GCS", f"ends the cluster with one message, unless Ray's TLS is on; {_RUNS_CODE}"),
     8000: KnownPort("HAProxy: the API and the leases", "reaches the registry around the proxy on --port"),
     8090: KnownPort("Ray's metrics of the machine", _METRICS),
     8265: KnownPort("Ray's dashboard", f"{_RUNS_CODE}, and reads logs"),
@@ -41,7 +41,7 @@ _RANGES = {
 
 _UNKNOWN = KnownPort(
     "unknown: look with `ss -ltnp` on the machine",
-    "may run code: some ports of Ray without fixed numbers need no token",
+    "may run code: without Ray's TLS, some of its ports without fixed numbers need no token",
 )
 
 FIRST = tuple(_ONE_PORT)
