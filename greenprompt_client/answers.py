@@ -54,10 +54,10 @@ class AnswerError(RegistryError):
         return f"{self.message} (HTTP {self.status}, {self.answer_code}{after})"
 
 
-class RequestEnded(RegistryError):
-    """A request ended before its LLM was handed over; ``reason`` is the registry's."""
+class NotDeployed(RegistryError):
+    """A request has no LLM now: it waits, or has ended. ``reason`` is the registry's."""
 
-    code = "request_ended"
+    code = "not_deployed"
 
     request_id: str
     status: str
@@ -65,6 +65,12 @@ class RequestEnded(RegistryError):
 
     def __str__(self) -> str:
         return f"request {self.request_id} is {self.status}" + (f": {self.reason}" if self.reason else "")
+
+
+class RequestEnded(NotDeployed):
+    """A request ended before its LLM was handed over, or its lease has ended."""
+
+    code = "request_ended"
 
 
 def read(kind: type[T], response: httpx.Response) -> T:

@@ -13,29 +13,28 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from http import HTTPStatus
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 import httpx
-import stamina
 
-from greenprompt_client.answers import AnswerError, RequestEnded, checked, is_passing, read, when_to_call_again
-from greenprompt_client.held_lease import RETRY_FOR_S, HeldLease
+from greenprompt_client.answers import AnswerError, NotDeployed, RequestEnded, checked, read
+from greenprompt_client.calls import Calls
+from greenprompt_client.held_lease import HeldLease
 from registry.accounting.report import MeasurementReport
 from registry.accounting.window_report import WindowReport, WindowsPage
-from registry.errors import BadSettings
-from registry.wire.http import base_url_of, http_client, require_encrypted
+from registry.wire.http import require_encrypted
 from registry.wire.schemas import (
+    MAX_EVENTS,
     MAX_WAIT_S,
     MAX_WINDOWS,
     AuditEntry,
     AuditPage,
+    EventState,
     HealthState,
     KeyState,
+    LLMState,
     MachineState,
     MeasurementState,
     NewKey,
@@ -46,76 +45,14 @@ from registry.wire.schemas import (
 WAIT_S = 20.0
 """How long one poll waits for a change, seconds."""
 
-# D99: commands do not wait long for a connection
-CONNECT_FOR_S = 5.0
-"""How long an interactive command tries to reach a registry before its first answer, seconds.
-
-Serve's proxy needs this long to restart.
-"""
-
-LONGEST_BACKOFF_S = 5.0
-"""Longest pause between two tries of a call, seconds, unless the registry says when to call again."""
-
 LOOK_S = 1.0
 """Seconds between checks of a machine that is being drained."""
-
-TENANT_HEADER = "X-Tenant"
-"""Names the tenant, for a registry without API keys."""
 
 ENDED = frozenset({"released", "expired", "cancelled", "failed"})
 
 
-class RegistryClient:
-    """Calls to one registry. Not thread-safe, except for the prompts of a lease."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        tenant: str | None = None,
-        api_key: str | None = None,
-        ca_file: Path | None = None,
-        timeout_s: float = 60.0,
-        connect_for_s: float = RETRY_FOR_S,
-    ) -> None:
-        """Create a client of the ingress at ``base_url``, e.g. ``http://127.0.0.1:8000``; sends nothing yet.
-
-        ``tenant``: the tenant of the client's requests; None: the tenant of the key, or ``default`` without a key.
-        ``api_key``: an API key, or a JWT of the registry's issuer. Sent to the registry, and never to an LLM; None: the
-        registry needs none.
-        ``ca_file``: file (PEM) of the CA of a registry behind TLS, and of its leases, the only one to be trusted;
-        None: what the environment and certifi trust.
-        ``connect_for_s`` is how long a call tries to connect, seconds, until the registry has
-        answered for the first time.
-
-        Raises:
-            BadSettings: The URL is invalid, or not https although ``ca_file`` is given (except for this machine);
-                ``ca_file`` has no certificates; or the environment names unusable certificates or an unusable proxy.
-                Calls raise it if the registry's certificate is not trusted.
-        """
-        headers = {} if tenant is None else {TENANT_HEADER: tenant}
-        if api_key is not None:
-            if base_url_of(base_url).userinfo:
-                raise BadSettings("the registry's URL", "has a user name, which would be sent in place of the API key")
-            headers["Authorization"] = f"Bearer {_checked_key(api_key)}"
-        self._connect_for_s = connect_for_s
-        make = partial(http_client, base_url, timeout_s=timeout_s, connect_s=connect_for_s, ca_file=ca_file)
-        self._http = make(headers=headers)
-        # A wrapper must not get the key: the LLM's code runs there.
-        self._prompts = make()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-        self._prompts.close()
+class RegistryClient(Calls):
+    """A client of one registry. Not thread-safe, except for the prompts of a lease."""
 
     def request(
         self,
@@ -180,54 +117,23 @@ class RegistryClient:
             params["seen"] = seen
         return read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60, deadline_s=deadline_s))
 
+    def keep_alive(self, request_id: str) -> RequestState:
+        """Use an LLM as a prompt does, so that its lease goes on. Retried, and raises, like ``status``."""
+        return read(RequestState, self._insist("POST", f"{_path(request_id)}/keepalive", {}, 60))
+
+    def events(self, request_id: str, *, after: int = 0) -> Iterator[EventState]:
+        """Yield the events of a request with a number > ``after``. Retried, and raises, like ``status``."""
+        while True:
+            params: dict[str, float | str] = {"after": after, "limit": MAX_EVENTS}
+            page = read(list[EventState], self._insist("GET", f"{_path(request_id)}/events", params, 60))
+            yield from page
+            if len(page) < MAX_EVENTS:
+                return
+            after = page[-1].event
+
     def release(self, request_id: str) -> None:
         """Release an LLM, or cancel a request. Retried, and raises, like ``status``. Idempotent."""
         self._insist("DELETE", _path(request_id), {}, 60, HTTPStatus.NO_CONTENT)
-
-    def _insist(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, float | str],
-        timeout_s: float,
-        expected: HTTPStatus = HTTPStatus.OK,
-        *,
-        deadline_s: float | None = None,
-        **content: Any,
-    ) -> httpx.Response:
-        """Retry a call until its answer is not a temporary error; no pause begins after RETRY_FOR_S seconds.
-
-        Above a rate limit, the pause is as long as the answer says, see ``when_to_call_again``; the call can then take
-        longer than RETRY_FOR_S. No retry begins after ``deadline_s`` (monotonic clock).
-
-        Raises:
-            AnswerError: The last error, also if the status is not ``expected``.
-            httpx.HTTPError: The last error.
-            TimeoutError: The last error was temporary, and ``deadline_s`` is over.
-        """
-        begun_s = time.monotonic()
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, self._connect_for_s))
-
-        def passes(error: Exception) -> bool | float:
-            if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-                again: bool | float = time.monotonic() - begun_s < self._connect_for_s
-            else:
-                again = when_to_call_again(error)
-            return _before(deadline_s, again)
-
-        try:
-            for attempt in stamina.retry_context(
-                passes, attempts=None, timeout=RETRY_FOR_S, wait_max=LONGEST_BACKOFF_S
-            ):
-                with attempt:
-                    response = self._http.request(method, path, params=params, timeout=timeout, **content)
-                    self._connect_for_s = RETRY_FOR_S  # a registry exists at this URL: a restart is worth waiting for
-                    return checked(response, expected)
-        except (AnswerError, httpx.TransportError) as error:
-            if deadline_s is not None and time.monotonic() >= deadline_s and is_passing(error):
-                raise TimeoutError(f"{method} {path}: no answer in time; the last error: {error}") from error
-            raise
-        raise AssertionError("unreachable")
 
     def wait_until_deployed(
         self,
@@ -271,12 +177,22 @@ class RegistryClient:
         Raises BadSettings if the registry is called by https, but the URL of the lease is not https.
         """
         try:
-            state = self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change)
-            assert state.url is not None  # deployed requests have a URL
-            require_encrypted(self._prompts.base_url, httpx.URL(state.url))
-            yield HeldLease(state, state.url, self._prompts)
+            yield self.held(self.wait_until_deployed(request_id, timeout_s=timeout_s, on_change=on_change))
         finally:
             self.release(request_id)
+
+    def held(self, state: RequestState) -> HeldLease:
+        """Return the lease of a deployed request, for prompts. The lease remains the caller's to release.
+
+        Raises:
+            NotDeployed: The request waits, or has ended (RequestEnded).
+            BadSettings: The registry is called by https, but the URL of the lease is not https.
+        """
+        if state.url is None:
+            kind = RequestEnded if state.status in ENDED else NotDeployed
+            raise kind(state.requestId, state.status, state.reason)
+        require_encrypted(self._prompts.base_url, httpx.URL(state.url))
+        return HeldLease(state, state.url, self._prompts)
 
     def drain(self, machine_id: str) -> MachineState:
         """Assign no more LLMs to a machine. Retried like ``status``. Idempotent.
@@ -320,6 +236,10 @@ class RegistryClient:
     def machines(self) -> list[MachineState]:
         """Return all known machines, with their wrappers. Raises AnswerError, httpx.HTTPError."""
         return read(list[MachineState], checked(self._http.get("/machines")))
+
+    def llms(self) -> list[LLMState]:
+        """Return the LLMs that run or start. Raises AnswerError, httpx.HTTPError."""
+        return read(list[LLMState], checked(self._http.get("/llms")))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """Return a measurement with all its requests. Retried like ``status``. Raises AnswerError (404: unknown)."""
@@ -402,32 +322,6 @@ class RegistryClient:
     def get(self, path: str) -> Any:
         """Return the JSON of /healthz, /machines, /llms or /measurements/{id}. Raises AnswerError, httpx.HTTPError."""
         return checked(self._http.get(path)).json()
-
-
-def _checked_key(api_key: str) -> str:
-    """Return the key without white space at its ends.
-
-    Raises BadSettings, without the key in its text, if an HTTP header can't contain the key.
-    """
-    key = api_key.strip()
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise BadSettings("API key", "is empty, or has characters that no key has")
-    return key
-
-
-def _before(deadline_s: float | None, again: bool | float) -> bool | float:
-    """Shorten the pause before a retry, so that it ends at the deadline; no retry after that. See ``stamina``'s hooks.
-
-    ``again``: whether to retry, or the pause, seconds.
-    """
-    if deadline_s is None or again is False:
-        return again
-    left_s = deadline_s - time.monotonic()
-    if left_s <= 0:
-        return False
-    if again is True:
-        return True if left_s > LONGEST_BACKOFF_S else min(left_s, LOOK_S)
-    return min(left_s, again)
 
 
 def _utc(time: datetime | None) -> str | None:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
+from greenprompt_client.calls import CONNECT_FOR_S
+from greenprompt_client.client import RegistryClient
+from registry.environment import EMPTY_VARIABLE, ENV_PREFIX, problems_of
+from registry.errors import BadSettings
+from registry.settings import Settings
 from registry.wire.http import base_url_of, is_loopback
 
 EXIT_NOT_YET = 1
@@ -47,8 +52,25 @@ app = typer.Typer(
     epilog=EXIT_STATUSES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(version(DISTRIBUTION))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
 console = Console()
 problems = Console(stderr=True, soft_wrap=True)
 
@@ -75,6 +97,9 @@ CAFileOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON, with the fields of the HTTP API.")]
 
 
 # D101: a client has dependencies of its own
@@ -134,3 +159,18 @@ def interactive_client(
     """
     key = default_key(url) if key is None else key
     return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
+
+
+def connect(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
+    """Return a client for a command, see ``interactive_client``. Raises like ``require_known_variables``."""
+    require_known_variables()
+    return interactive_client(url, ca_file, tenant=tenant)
+
+
+def require_known_variables() -> None:
+    """Raise BadSettings for an empty or misspelt GREENPROMPT_… variable: the command could use a wrong registry."""
+    url = f"{ENV_PREFIX}URL"
+    if not os.environ.get(url, url).strip():
+        raise BadSettings(url, EMPTY_VARIABLE)
+    for name, problem in problems_of(Settings, os.environ):
+        raise BadSettings(name, problem)

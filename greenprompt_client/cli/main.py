@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +15,8 @@ import httpx
 import stamina
 import typer
 
-from greenprompt_client.answers import UNEXPECTED, AnswerError
-from greenprompt_client.cli import audit, keys, server
+from greenprompt_client.answers import UNEXPECTED, AnswerError, NotDeployed
+from greenprompt_client.cli import audit, keys, requests, server, status
 from greenprompt_client.cli.app import (
     API_KEY_VARIABLE,
     DEFAULT_URL,
@@ -32,19 +31,18 @@ from greenprompt_client.cli.app import (
     api_key,
     app,
     complain,
+    connect,
     console,
-    interactive_client,
     needs,
+    require_known_variables,
     say,
 )
-from greenprompt_client.cli.status import drain_note, overview
+from greenprompt_client.cli.status import drain_note
 from greenprompt_client.client import RegistryClient
-from registry.environment import EMPTY_VARIABLE, ENV_PREFIX, problems_of
-from registry.errors import BadSettings, RegistryError
-from registry.settings import Settings
+from registry.errors import RegistryError
 from registry.wire.schemas import MachineState
 
-__all__ = ["app", "audit", "keys", "main", "server"]
+__all__ = ["app", "audit", "keys", "main", "requests", "server", "status"]
 
 
 ExperimentFile = Annotated[
@@ -114,7 +112,7 @@ def measure(
     from greenprompt_client.measure.experiment import arguments, load_plan
     from greenprompt_client.measure.run import run_measure
 
-    _require_known_variables()
+    require_known_variables()
     fields = {name: value for name, value in given.items() if value is not None and value != []}
     for name in ("experiment", "ca_file"):
         fields.pop(name, None)
@@ -134,14 +132,6 @@ def measure(
 
 
 @app.command()
-def status(url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
-    """Show the machines, wrappers and LLMs of a running registry, and the number of waiting requests."""
-    with _registry(url, ca_file) as registry:
-        health, machines = registry.health(), registry.machines()
-    console.print(overview(health, machines, datetime.now(UTC)))
-
-
-@app.command()
 def report(
     measurement: Annotated[int, typer.Argument(min=1, help="The measurementId.")],
     html: Annotated[Path | None, typer.Option(help="Write an HTML page with plots to this file.")] = None,
@@ -155,7 +145,7 @@ def report(
     from greenprompt_client.report.files import write_report
     from greenprompt_client.report.table import report_table
 
-    with _registry(url, ca_file, tenant) as registry:
+    with connect(url, ca_file, tenant) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -177,7 +167,7 @@ def drain(
     ca_file: CAFileOption = None,
 ) -> None:
     """Grant no new leases on a machine. When its leases have ended, its wrappers are removed."""
-    with _registry(url, ca_file) as registry:
+    with connect(url, ca_file) as registry:
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
@@ -191,34 +181,9 @@ def undrain(
     ca_file: CAFileOption = None,
 ) -> None:
     """Use a drained machine again; its wrappers are recreated."""
-    with _registry(url, ca_file) as registry:
+    with connect(url, ca_file) as registry:
         registry.undrain(machine)
     say(f"{machine} is used again")
-
-
-@app.command()
-def release(
-    request_id: Annotated[str, typer.Argument(help="Id of the request.")],
-    url: URLOption = DEFAULT_URL,
-    ca_file: CAFileOption = None,
-) -> None:
-    """Release an LLM, or cancel a waiting request."""
-    with _registry(url, ca_file) as registry:
-        registry.release(request_id)
-
-
-def _registry(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
-    _require_known_variables()
-    return interactive_client(url, ca_file, tenant=tenant)
-
-
-def _require_known_variables() -> None:
-    """Raise BadSettings for an empty or misspelt GREENPROMPT_… variable: the command could use a wrong registry."""
-    url = f"{ENV_PREFIX}URL"
-    if not os.environ.get(url, url).strip():
-        raise BadSettings(url, EMPTY_VARIABLE)
-    for name, problem in problems_of(Settings, os.environ):
-        raise BadSettings(name, problem)
 
 
 def _wait_until_drained(registry: RegistryClient, machine: str, timeout_s: float | None) -> MachineState:
@@ -241,6 +206,8 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
     """Return the exit status for a command that failed with this error."""
     if isinstance(error, httpx.TransportError):
         return EXIT_UNREACHABLE
+    if isinstance(error, NotDeployed):
+        return EXIT_NOT_YET
     if not isinstance(error, AnswerError):
         return EXIT_UNUSABLE
     if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE) and error.answer_code != UNEXPECTED:

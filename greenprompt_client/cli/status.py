@@ -1,17 +1,50 @@
-"""Shows operators the state of a registry: its machines, and what is unusual about each of them."""
+"""The commands ``status`` and ``llms``: machines, what is unusual about each of them, and the LLMs that run."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from json import dumps
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from greenprompt_client.cli.app import DEFAULT_URL, CAFileOption, JSONOption, URLOption, app, connect, console, say
 from greenprompt_client.notation import phase_words
 from registry.wire.schemas import HealthState, MachineState, WrapperState
+
+
+@app.command()
+def status(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
+    """Show the machines, wrappers and LLMs of a running registry, and the number of waiting requests.
+
+    With '--json': an object with the answers of GET /healthz ("health") and GET /machines ("machines").
+    """
+    with connect(url, ca_file) as registry:
+        health, machines = registry.health(), registry.machines()
+    if json:
+        shown = {"health": health.model_dump(), "machines": [each.model_dump() for each in machines]}
+        say(dumps(shown))
+    else:
+        console.print(overview(health, machines, datetime.now(UTC)))
+
+
+@app.command()
+def llms(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
+    """Show the LLMs that run or start. With '--json': one JSON object per line."""
+    table = Table("LLM", "task", "status", "machine", "wrapper", "revision", box=box.SIMPLE)
+    with connect(url, ca_file) as registry:
+        found = registry.llms()
+    for each in found:
+        if json:
+            say(each.model_dump_json())
+        cells = (each.model, each.modeltyp, each.status, each.machine, each.wrapper, each.revision or "-")
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+    if not json:
+        console.print(table if found else "No LLM runs.")
 
 
 def overview(health: HealthState, machines: Sequence[MachineState], now: datetime) -> RenderableType:

@@ -68,7 +68,7 @@ def error(status: int, code: str, retryable: bool = False) -> Reply:
 class HttpRegistry:
     """A context: while it is open, the registry listens on a free port of this machine.
 
-    * ``posted``: bodies of all POSTs; ``prompted``: (model, question) of all prompts.
+    * ``posted``: bodies of all POSTs; ``kept``: ids of all keep-alives; ``prompted``: (model, question) of all prompts.
     * ``on_prompt`` may answer in place of the LLM, and name the answer's window; ``on_poll`` may change a request
       before its state is returned; ``on_post`` may refuse a POST.
     * ``given_back`` is set once a release leaves no open request.
@@ -80,6 +80,7 @@ class HttpRegistry:
         self.requests: dict[str, RequestState] = {}
         self.posted: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.kept: list[str] = []
         self.prompted: list[tuple[str, str]] = []
         self.on_post: Callable[[], Reply | None] = lambda: None
         self.on_poll: Callable[[RequestState], RequestState] = lambda state: state
@@ -175,6 +176,9 @@ class HttpRegistry:
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
         if path == "/wrappers/gpu-1-0/process_prompt":
             return self._prompt(json.loads(body)["question"], headers)
+        if path.endswith("/keepalive"):
+            self.kept.append(path.split("/")[-2])
+            return 200, self.requests[self.kept[-1]].model_dump()
         with self._lock:
             self.keys.append(headers.get("Idempotency-Key"))
             refused = self.on_post()

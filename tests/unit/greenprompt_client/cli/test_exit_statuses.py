@@ -14,10 +14,11 @@ import stamina
 import typer
 from rich.console import Console
 
+from greenprompt_client.calls import CONNECT_FOR_S
 from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
-from greenprompt_client.client import CONNECT_FOR_S, RegistryClient
+from greenprompt_client.client import RegistryClient
 
 Run = Callable[..., tuple[int, list[str]]]
 
@@ -162,7 +163,7 @@ def test_every_command_of_a_registry_takes_a_ca() -> None:
         for each in getattr(command, "commands", {name: command}).values():
             found[each.name] = {option.name: option for option in each.params}
     with_url = [options for options in found.values() if "url" in options]
-    assert len(with_url) == 10
+    assert len(with_url) == 14
     assert {options["ca_file"].envvar for options in with_url} == {"GREENPROMPT_CA_FILE"}
 
 

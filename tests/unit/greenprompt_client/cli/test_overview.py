@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from greenprompt_client.cli import app as cli_app
 from greenprompt_client.cli import app as shared
 from greenprompt_client.cli import main as cli
+from greenprompt_client.cli import status as status_command
 from greenprompt_client.cli.status import overview
 from registry.wire.schemas import HealthState, MachineState, WrapperState
 
@@ -204,7 +205,7 @@ def test_commands(
 ) -> None:
     """Each command asks the registry, says what came of it, and has the exit status of that."""
     out = io.StringIO()
-    for module in (cli, shared):
+    for module in (cli, shared, status_command):
         monkeypatch.setattr(module, "console", Console(file=out, width=80))
     monkeypatch.setattr(shared, "problems", Console(file=out, width=200))
     monkeypatch.setattr(client, "drains", drains)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import stamina
 
+from greenprompt_client import calls as calls_module
 from greenprompt_client import client as client_module
 from greenprompt_client.answers import AnswerError, RequestEnded
 from greenprompt_client.client import RegistryClient
@@ -143,7 +144,8 @@ def test_pauses_end_with_the_wait(
 ) -> None:
     """Before the deadline there is a last try; then it is a TimeoutError that names the last error."""
     clock = ManualClock(0.0)
-    monkeypatch.setattr(client_module, "time", SimpleNamespace(monotonic=clock, sleep=None))
+    for module in (calls_module, client_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=None))
 
     def sleep(pause_s: float) -> None:
         clock.now_s += pause_s

@@ -1,0 +1,63 @@
+"""An LLM from the request to its release with ``greenprompt`` alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import REPOSITORY, Registry
+
+pytestmark = pytest.mark.cluster
+
+LIMIT_S = 120
+
+
+def command(registry: Registry, *words: str) -> Sequence[str]:
+    return [sys.executable, "-m", "greenprompt_client.cli.main", *words, "--url", registry.url]
+
+
+def ran(registry: Registry, *words: str) -> str:
+    """Return the output of a command that must succeed."""
+    shown = subprocess.run(
+        command(registry, *words), cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def test_an_llm_from_request_to_release(registry: Registry, llm: Callable[..., dict[str, Any]]) -> None:
+    """One command holds the LLM, others prompt it and tell what happened; Ctrl-C gives it back."""
+    model = llm("a")["model"]
+    options = ["--arg", "max_new_tokens=4", "--deployment-arg", "enforce_eager=true", "--wait", "--json"]
+    with subprocess.Popen(
+        command(registry, "request", model, *options),
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            held = json.loads(holder.stdout.readline())
+            registry.note_lease(held["url"])
+            request_id = held["requestId"]
+            answer = json.loads(ran(registry, "prompt", request_id, "Is the grid green?", "--json"))
+            assert answer["usage"]["completion_tokens"] == 4
+            assert {json.loads(line)["model"] for line in ran(registry, "llms", "--json").splitlines()} == {model}
+            shown = json.loads(ran(registry, "status", "--json"))
+            assert [each["leases"] for each in shown["machines"]] == [1]
+            holder.send_signal(signal.SIGINT)
+            assert holder.wait(LIMIT_S) == 0
+        finally:
+            holder.kill()
+    what = [json.loads(line)["what"] for line in ran(registry, "events", request_id, "--json").splitlines()]
+    assert what[0] == "LeaseRequested"
+    assert registry.get(request_id)["status"] == "released"
