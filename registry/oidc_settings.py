@@ -47,7 +47,9 @@ class OIDCSettings(Section):
         "Other users must not be able to write to it",
     )
     ca_file: Path | None = Field(
-        None, description="File (PEM) of the only CA to trust for the issuer's certificate; null: the usual ones"
+        None,
+        description="File (PEM) of the only CA to trust for the issuer's certificate; null: the usual ones. Other "
+        "users must not be able to write to it",
     )
     role_claim: tuple[_Text, ...] = Field(
         min_length=1,
