@@ -43,6 +43,7 @@ async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None
     ("field", "text", "problem"),
     [
         ("jwks_file", None, "No such file"),
+        ("jwks_file", "keys", "the list of keys .JWKS. is no JSON"),
         ("jwks_file", "{}", "no list"),
         ("jwks_file", '{"keys": []}', "no key for RS256, ES256"),
         ("jwks_file", " " * (MAX_BYTES + 1), "more than 256 KiB"),
@@ -142,3 +143,23 @@ async def test_a_slow_disk_does_not_stop_the_ingress(clock: ManualClock, monkeyp
     await asyncio.sleep(0.01)
     answered.set()
     assert len(await call) == 1
+
+
+async def test_a_slow_read_of_a_ca_does_not_stop_the_ingress(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates are read in a thread, too."""
+    answered = threading.Event()
+
+    def trust(*_args: object) -> None:
+        assert answered.wait(timeout=5), "the ingress waits for the disk"
+        raise OSError("the end of the test")
+
+    monkeypatch.setattr(issuer_keys, "_trust", trust)
+    call = asyncio.create_task(keys_of(settings()).fitting("r1", "RS256"))
+    with capture_logs() as logs:
+        await asyncio.sleep(0.01)
+        answered.set()
+        with pytest.raises(JWTNotChecked):
+            await call
+    assert "the end of the test" in logs[0]["reason"]
