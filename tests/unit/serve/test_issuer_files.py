@@ -37,6 +37,7 @@ async def test_keys_may_be_in_a_file(clock: ManualClock, tmp_path: Path) -> None
     file.write_bytes(jwks(jwk(rsa_key(), "r2")))
     clock.now_s += AGAIN_S
     assert len(await keys.fitting("r2", "RS256")) == 1
+    assert await keys_of(settings(jwks_file=str(file), algorithms=["ES256"])).fitting("r2", "RS256") == []
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ async def test_keys_are_found_by_the_issuer_and_kept(issuer: Issuer, clock: Manu
     assert await keys.fitting("r1", "RS256") == [], "it was withdrawn"
     assert issuer.site.asked == [CONFIGURATION, KEYS] * 2
     assert len(await keys.fitting("r2", "RS256")) == 1
+    assert await keys_of(issuer.settings(algorithms=["ES256"])).fitting("r2", "RS256") == []
 
 
 async def test_an_unknown_kid_makes_few_requests(issuer: Issuer, clock: ManualClock) -> None:
