@@ -348,6 +348,10 @@ async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_p
             with capture_logs() as logs, pytest.raises(JWTNotChecked):
                 await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
             assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
+        elsewhere = settings(jwks_url=f"https://127.0.0.1:{port}/keys", ca_file=str(ca_file))
+        with capture_logs() as logs, pytest.raises(JWTNotChecked):
+            await keys_of(elsewhere).fitting("r1", "RS256")
+        assert "IP address mismatch" in logs[0]["reason"], "the certificate is another host's"
         assert len(issuer_keys._trust(httpx.URL(url), ca_file).get_ca_certs()) == 1, "no CA besides it is trusted"
         changing = tmp_path / "changing.crt"
         changing.write_text(certifi.contents())
