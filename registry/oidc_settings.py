@@ -47,7 +47,9 @@ class OIDCSettings(Section):
         "Other users must not be able to write to it",
     )
     ca_file: Path | None = Field(
-        None, description="File (PEM) of the only CA to trust for the issuer's certificate; null: the usual ones"
+        None,
+        description="File (PEM) of the only CA to trust for the issuer's certificate; null: the usual ones. Other "
+        "users must not be able to write to it",
     )
     role_claim: tuple[_Text, ...] = Field(
         min_length=1,
@@ -111,7 +113,7 @@ def encrypted(url: str) -> str:
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("has characters that a URL must escape")
     parts = urlsplit(url)
-    if not parts.hostname or parts.username is not None or parts.password is not None:
+    if not parts.hostname or parts.username is not None:  # a password has a user name, which may be empty
         raise ValueError("needs a host, and no user name, as in https://idp.example/realms/lab")
     if parts.port == 0:  # reading an invalid port raises ValueError
         raise ValueError("port 0 can't be reached")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +75,26 @@ def require_unchanged_by_others(folder: Path, setting: str) -> None:
     if found.st_mode & stat.S_IWOTH:
         problem = f"every user of this machine can write to {folder} (mode {stat.S_IMODE(found.st_mode):04o})"
         raise BadSettings(setting, f"{problem}; run `chmod o-w` on it, or choose a folder below it")
+
+
+def writable_by_others(found: os.stat_result) -> str | None:
+    """Return why other users can write to a file, and what to do, about "it"; None if they can't.
+
+    Root, the file's owner and the owner's group are trusted.
+    """
+    if found.st_mode & stat.S_IWOTH:
+        return "every user of this machine can write to it; run `chmod o-w` on it"
+    if found.st_mode & stat.S_IWGRP and found.st_gid != _group_of(found.st_uid):
+        return f"a group that is not its owner's can write to it (gid {found.st_gid}); run `chmod g-w` on it"
+    return None
+
+
+def _group_of(user: int) -> int | None:
+    """Return the primary group of a user; None if this machine does not know the user, as in a container."""
+    try:
+        return pwd.getpwuid(user).pw_gid
+    except KeyError:
+        return None
 
 
 def open_private(file: Path, mode: str) -> IO[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-import stat
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -22,6 +21,7 @@ import httpx
 import jwt
 import structlog
 
+from deployments.machine.private_files import writable_by_others
 from deployments.models.small_files import open_regular, require_regular
 from registry.access_errors import JWTNotChecked
 from registry.background import spawn
@@ -172,7 +172,10 @@ def issuer_keys(settings: OIDCSettings) -> IssuerKeys:
 
 
 def require_files(settings: OIDCSettings) -> None:
-    """Raise BadSettings if a file in the settings can't be read, or does not contain what it should."""
+    """Raise BadSettings if a file in the settings can't be used.
+
+    It can't be read, other users can write to it, or it does not contain what it should.
+    """
     if settings.jwks_file is not None:
         try:
             if not parse_keys(_contents(settings.jwks_file), settings.algorithms):
@@ -183,8 +186,9 @@ def require_files(settings: OIDCSettings) -> None:
     if settings.ca_file is not None:
         try:
             _only(settings.ca_file)
-        except OSError as error:  # ssl.SSLError is one
-            problem = f"{settings.ca_file} can't be used: {error}; it needs certificates (PEM)"
+        except (OSError, UnusableKeys) as error:
+            remedy = "; it needs certificates (PEM)" if isinstance(error, ssl.SSLError) else ""
+            problem = f"{settings.ca_file} can't be used: {error}{remedy}"
             raise BadSettings("access.oidc.ca_file", problem) from error
 
 
@@ -281,26 +285,33 @@ async def _read(http: httpx.AsyncClient, url: str) -> bytes:
 
 
 def _contents(file: Path) -> bytes:
-    """Return what a file contains. Raises OSError; UnusableKeys if it is too long, or if any user can change it."""
+    """Return what a file contains. Raises OSError; UnusableKeys if it is too long, or if other users can change it."""
     with open_regular(file) as opened:
-        if os.fstat(opened.fileno()).st_mode & stat.S_IWOTH:
-            raise UnusableKeys("every user of this machine can write to it; run `chmod o-w` on it")
+        _require_trusted(os.fstat(opened.fileno()))
         text = opened.read(MAX_BYTES + 1)
     if len(text) > MAX_BYTES:
         raise UnusableKeys(f"it has more than {MAX_BYTES // 1024} KiB")
     return text
 
 
+def _require_trusted(found: os.stat_result) -> None:
+    """Raise UnusableKeys if other users can write to a file: they could sign JWTs of an operator."""
+    if (problem := writable_by_others(found)) is not None:
+        raise UnusableKeys(problem)
+
+
 def _trust(place: httpx.URL, ca_file: Path | None) -> ssl.SSLContext:
-    """Return what trusts the certificate of a host. Reads files. Raises OSError."""
+    """Return what trusts the certificate of a host. Reads files. Raises OSError, UnusableKeys."""
     if place.scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nothing, and is not used
     return httpx.create_ssl_context() if ca_file is None else _only(ca_file)
 
 
 def _only(ca_file: Path) -> ssl.SSLContext:
-    """Return what trusts only the CA in a file. Raises OSError."""
-    require_regular(ca_file.name, ca_file.stat())  # a read of a named pipe may not end
+    """Return what trusts only the CA in a file. Raises OSError; UnusableKeys if other users can change it."""
+    found = ca_file.stat()
+    require_regular(ca_file.name, found)  # a read of a named pipe may not end
+    _require_trusted(found)
     return ssl.create_default_context(cafile=ca_file)
 
 

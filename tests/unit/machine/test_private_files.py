@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from deployments.machine.private_files import (
     open_private,
     private_folder,
     require_unchanged_by_others,
+    writable_by_others,
     write_private,
 )
 from registry.errors import BadSettings
@@ -114,6 +116,29 @@ def test_root_may_use_a_folder_of_any_owner(
             require_unchanged_by_others(tmp_path, "state_dir")
     else:
         require_unchanged_by_others(tmp_path, "state_dir")
+
+
+@pytest.mark.parametrize(
+    ("mode", "user", "group", "remedy"),
+    [
+        (0o644, 1000, 2000, None),
+        (0o664, 1000, 1001, None),
+        (0o664, 1000, 1000, "g-w"),
+        (0o620, 1000, 0, "g-w"),
+        (0o664, 1234, 1234, "g-w"),
+        (0o602, 1000, 1001, "o-w"),
+        (0o666, 1000, 2000, "o-w"),
+        (0o666, 0, 0, "o-w"),
+    ],
+)
+def test_only_the_group_of_the_owner_may_write(
+    monkeypatch: pytest.MonkeyPatch, mode: int, user: int, group: int, remedy: str | None
+) -> None:
+    """Every other group is one of strangers, also if this machine does not know the owner."""
+    known = {1000: 1001, 0: 0}
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: SimpleNamespace(pw_gid=known[uid]))
+    problem = writable_by_others(os.stat_result((stat.S_IFREG | mode, 1, 1, 1, user, group, 1, 0, 0, 0)))
+    assert problem is None if remedy is None else f"run `chmod {remedy}` on it" in str(problem)
 
 
 def test_files_are_their_owners(tmp_path: Path) -> None:

@@ -74,17 +74,25 @@ def test_issuers(issuer: str) -> None:
         ({"algorithms": ["none"]}, "Input should be 'RS256'"),
         ({"algorithms": ["RS256", "HS256"]}, "Input should be 'RS256'"),
         ({"jwks_url": "http://idp.example/keys"}, r"jwks_url\n.*must begin with https://"),
+        ({"jwks_url": f"https://idp.example/{'x' * 255}"}, "at most 255 characters"),
         ({"jwks_url": "https://idp.example/keys", "jwks_file": "keys"}, "jwks_url or jwks_file"),
         ({"role_claim": []}, "at least 1 item"),
+        ({"role_claim": ["x"] * 9}, "at most 8 items"),
+        ({"role_claim": [""]}, "at least 1 character"),
+        ({"roles": {"viewer": [""]}}, "at least 1 character"),
+        ({"tenant_claim": [""]}, "at least 1 character"),
+        ({"tenant_claim": ["x"] * 9}, "at most 8 items"),
         ({"roles": {}}, "at least 1 item"),
         ({"roles": {"root": ["x"]}}, "Input should be 'client'"),
         ({"roles": {"viewer": []}}, "a role has no values"),
+        ({"roles": {"viewer": [], "operator": ["a"]}}, "a role has no values"),
         ({"roles": {"viewer": ["a"], "operator": ["a"]}}, "a value is listed twice"),
         ({"tenant_claim": None}, "the role client needs tenant_claim"),
         ({"tenant_claim": []}, "at least 1 item"),
         ({"tenant": "lab"}, "tenant_claim or tenant"),
         ({"tenant_claim": None, "tenant": "a b"}, "should match pattern"),
         ({"types": ["a b"]}, "should match pattern"),
+        ({"types": ["x" * 65]}, "should match pattern"),
         ({"types": []}, "at least 1 item"),
         ({"leeway_s": 60.5}, "less than or equal to 60"),
         ({"leeway_s": -0.5}, "greater than or equal to 0"),
@@ -96,6 +104,22 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], problem: str) -
     """The error names the field and the remedy."""
     with pytest.raises(ValidationError, match=problem):
         settings(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithms": ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]},
+        {"jwks_url": "https://keys.example/jwks?realm=lab"},
+        {"role_claim": ["x"] * 8},
+        {"tenant_claim": ["x"] * 8},
+        {"types": ["x" * 64]},
+    ],
+)
+def test_what_is_accepted(changes: dict[str, Any]) -> None:
+    """All algorithms with public keys, keys on another host, claims that are eight objects deep, and long types."""
+    (name,) = changes
+    assert settings(**changes).model_dump(mode="json")[name] == changes[name]
 
 
 def test_what_is_accepted_if_the_settings_do_not_say() -> None:

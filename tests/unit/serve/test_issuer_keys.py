@@ -24,6 +24,7 @@ from deployments.serve.issuer_keys import (
     MAX_BYTES,
     MAX_KEYS,
     OLD_S,
+    READ_S,
     parse_keys,
 )
 from deployments.serve.issuer_keys import issuer_keys as keys_of
@@ -76,6 +77,7 @@ async def test_keys_are_found_by_the_issuer_and_kept(issuer: Issuer, clock: Manu
     assert await keys.fitting("r1", "RS256") == [], "it was withdrawn"
     assert issuer.site.asked == [CONFIGURATION, KEYS] * 2
     assert len(await keys.fitting("r2", "RS256")) == 1
+    assert await keys_of(issuer.settings(algorithms=["ES256"])).fitting("r2", "RS256") == []
 
 
 async def test_an_unknown_kid_makes_few_requests(issuer: Issuer, clock: ManualClock) -> None:
@@ -141,8 +143,8 @@ ODD: dict[str, tuple[tuple[str, bytes, int, tuple[bytes, bytes] | None], str]] =
     "something else": ((KEYS, jwks(), 203, None), "answers 203"),
     "too long": ((KEYS, b" " * (MAX_BYTES + 1), 200, None), "more than 256 KiB"),
     "compressed": ((KEYS, gzip.compress(jwks()), 200, (b"content-encoding", b"gzip")), "compressed"),
-    "no JSON": ((KEYS, b"<html>", 200, None), "no JSON"),
-    "no UTF-8": ((KEYS, b"\xff", 200, None), "no JSON"),
+    "no JSON": ((KEYS, b"<html>", 200, None), "the list of keys (JWKS) is no JSON"),
+    "no UTF-8": ((KEYS, b"\xff", 200, None), "the list of keys (JWKS) is no JSON"),
     "deep JSON": ((KEYS, b"[" * 100_000, 200, None), "no JSON"),
     "a name twice": ((KEYS, b'{"keys": [], "keys": []}', 200, None), "occurs twice"),
     "no object": ((KEYS, b"[]", 200, None), "no JSON object"),
@@ -167,6 +169,21 @@ async def test_an_answer_of_the_largest_size_is_used(issuer: Issuer) -> None:
     issuer.site.serve(KEYS, jwks().ljust(MAX_BYTES))
     assert len(await keys_of(issuer.settings()).fitting("r1", "RS256")) == 1
     assert issuer.site.headers[b"accept-encoding"] == b"identity"
+    assert issuer.site.headers[b"accept"] == b"application/json"
+
+
+async def test_each_request_has_the_time_of_the_read(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, httpx would end it after 5 seconds."""
+    clients: list[httpx.AsyncClient] = []
+
+    class Noted(httpx.AsyncClient):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            clients.append(self)
+
+    monkeypatch.setattr(httpx, "AsyncClient", Noted)
+    assert len(await keys_of(issuer.settings()).fitting("r1", "RS256")) == 1
+    assert [each.timeout for each in clients] == [httpx.Timeout(READ_S)]
 
 
 async def test_a_slash_at_the_end_of_an_issuer_counts(issuer: Issuer) -> None:
@@ -206,6 +223,7 @@ async def test_keys_on_this_machine_come_directly(issuer: Issuer, monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     for found in (issuer.settings(), settings(jwks_url=f"{issuer.base}{KEYS}")):
         assert len(await keys_of(found).fitting("r1", "RS256")) == 1
+    assert issuer_keys._trust(httpx.URL(issuer.url), None).get_ca_certs() == [], "no certificates are needed"
     monkeypatch.setenv("HTTPS_PROXY", "ftp://127.0.0.1:1")
     with capture_logs() as logs, pytest.raises(JWTNotChecked):
         await keys_of(settings()).fitting("r1", "RS256")
@@ -217,9 +235,9 @@ NAMED: dict[str | None, str] = {
     "http://127.0.0.1:1/keys": "another host",
     "http://localhost:{port}/realms/lab/keys": "another host",
     "https://127.0.0.1:{port}/realms/lab/keys": "another host",
-    "http://evil.example/keys": "must begin with https://",
-    "file:///etc/passwd": "needs a host",
-    None: "needs a host",
+    "http://evil.example/keys": "jwks_uri in {place} must begin with https://",
+    "file:///etc/passwd": "jwks_uri in {place} needs a host",
+    None: "jwks_uri in {place} needs a host",
 }
 
 
@@ -227,7 +245,7 @@ async def test_a_configuration_names_no_other_host(issuer: Issuer) -> None:
     """The keys must be on the issuer's host; another one is named by the operator, not by an answer."""
     for url, reason in NAMED.items():
         issuer.configure(jwks_uri=url and url.format(port=issuer.port))
-        await no_keys(issuer, url, reason)
+        await no_keys(issuer, url, reason.format(place=f"{issuer.base}{CONFIGURATION}"))
     assert set(issuer.site.asked) == {CONFIGURATION}
 
 
@@ -246,13 +264,14 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
             jwk(rsa_key(), "good"),
             {"kty": "oct", "kid": "secret", "k": "c2VjcmV0"},
             {"kty": "oct", "kid": "secret for RS256", "k": "c2VjcmV0", "alg": "RS256"},
+            {**ECAlgorithm.to_jwk(ec_key().public_key(), as_dict=True), "kid": "no use"},
             jwk(rsa_key(), "encrypts", use="enc"),
             jwk(rsa_key(), "signs", key_ops=["sign"]),
             jwk(rsa_key(), "operations as a number", key_ops=7),
             jwk(rsa_key(), "operations as a text", key_ops="verify"),
             jwk(rsa_key(), "other", alg="RS512"),
             jwk(rsa_key("short", 1024), "short"),
-            jwk(rsa_key(), "long", n=part(b"\xff" * 1025)),
+            jwk(rsa_key(), "8193 bits", n=part(b"\1" + b"\xff" * 1024)),
             jwk(rsa_key(), "8192 bits", n=part(b"\xff" * 1024)),
             jwk(ec_key(), "curve", crv="P-384"),
             jwk(ec_key(), "point", x="AAAA"),
@@ -266,7 +285,21 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
         ),
         ["RS256", "ES256"],
     )
-    assert [each[:2] for each in found] == [("good", "RS256"), ("8192 bits", "RS256")]
+    assert [each[:2] for each in found] == [("good", "RS256"), ("no use", "ES256"), ("8192 bits", "RS256")]
+
+
+def test_the_log_names_a_published_private_key() -> None:
+    """The issuer must replace it: whoever has read it can make JWTs."""
+    private = {**ECAlgorithm.to_jwk(ec_key(), as_dict=True), "kid": "private"}
+    with capture_logs() as logs:
+        assert parse_keys(jwks(private), ["ES256"]) == []
+    event = "a key of the issuer of JWTs is not used, because its private part is published"
+    assert logs == [{"event": event, "kid": "private", "log_level": "warning"}]
+
+
+def test_an_issuer_may_have_100_keys() -> None:
+    """One more is refused, see ``ODD``."""
+    assert [each.key_id for each in parse_keys(jwks(*[{}] * 99, jwk(rsa_key(), "good")), ["RS256"])] == ["good"]
 
 
 FIELDS = st.sampled_from(["kty", "crv", "x", "y", "n", "e", "alg", "use", "key_ops", "kid", "k", "p", "q"])
@@ -315,6 +348,10 @@ async def test_the_certificate_of_an_issuer_is_checked(clock: ManualClock, tmp_p
             with capture_logs() as logs, pytest.raises(JWTNotChecked):
                 await keys_of(settings(jwks_url=url, ca_file=other)).fitting("r1", "RS256")
             assert "CERTIFICATE_VERIFY_FAILED" in logs[0]["reason"]
+        elsewhere = settings(jwks_url=f"https://127.0.0.1:{port}/keys", ca_file=str(ca_file))
+        with capture_logs() as logs, pytest.raises(JWTNotChecked):
+            await keys_of(elsewhere).fitting("r1", "RS256")
+        assert "IP address mismatch" in logs[0]["reason"], "the certificate is another host's"
         assert len(issuer_keys._trust(httpx.URL(url), ca_file).get_ca_certs()) == 1, "no CA besides it is trusted"
         changing = tmp_path / "changing.crt"
         changing.write_text(certifi.contents())

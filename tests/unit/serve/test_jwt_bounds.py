@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from jwt import PyJWK
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from deployments.serve.identities import KeyGuard, TrustedClients, key_of
 from deployments.serve.issuer_keys import IssuerKey, IssuerKeys, parse_keys
-from deployments.serve.jwt_identities import MAX_HEADER, MAX_JWT, JWTIdentities
+from deployments.serve.jwt_identities import JWTIdentities
 from registry.access_errors import JWTRefused
-from tests.support.oidc import at, claims, jwks, settings, signed
+from registry.store.rows import APIKey
+from registry.wire.words import Role
+from tests.support.oidc import ISSUER, at, claims, jwk, jwks, rsa_key, settings, signed
 
 
 def identities(**changes: Any) -> JWTIdentities:
@@ -31,10 +35,10 @@ def identities(**changes: Any) -> JWTIdentities:
 @pytest.mark.parametrize(
     ("header", "more", "problem"),
     [
-        (1, MAX_JWT - 4, "no valid JWT"),
-        (1, MAX_JWT - 3, "longer than 8 KiB"),
-        (MAX_HEADER, 1, "no valid JWT"),
-        (MAX_HEADER + 1, 1, "header is longer than 1 KiB"),
+        (1, 8188, "no valid JWT"),
+        (1, 8189, "longer than 8 KiB"),
+        (1024, 1, "no valid JWT"),
+        (1025, 1, "header is longer than 1 KiB"),
     ],
 )
 async def test_a_jwt_of_the_largest_size_is_looked_at(header: int, more: int, problem: str) -> None:
@@ -43,11 +47,32 @@ async def test_a_jwt_of_the_largest_size_is_looked_at(header: int, more: int, pr
         await identities().identity(f"{'x' * header}.b.{'x' * more}")
 
 
-async def test_an_identity_has_the_subject_and_the_end_of_its_jwt() -> None:
+@pytest.mark.parametrize("subject", ["x", "x" * 255])
+async def test_an_identity_has_the_subject_and_the_end_of_its_jwt(subject: str) -> None:
     """A subject may have 255 characters, the most that OpenID Connect allows."""
-    given = claims(sub="x" * 255)
+    given = claims(sub=subject)
     key = await identities().identity(signed(given))
-    assert (key.key_id.partition("#")[2], key.expires_s) == ("x" * 255, given["exp"])
+    assert key == APIKey(f"{ISSUER}#{subject}", Role.CLIENT, "lab", "", "", 0.0, given["exp"])
+    assert isinstance(key.expires_s, float)
+
+
+async def test_the_keys_are_those_of_the_settings(tmp_path: Path) -> None:
+    """The ingress gives a check of JWTs no other keys."""
+    (tmp_path / "jwks.json").write_bytes(jwks())
+    check = JWTIdentities(settings(jwks_file=str(tmp_path / "jwks.json")))
+    assert (await check.identity(signed())).tenant == "lab"
+
+
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")
+async def test_a_short_key_checks_no_jwt() -> None:
+    """Lists of keys are read without short ones; with one of them, the check of a JWT fails as well."""
+    short = rsa_key("short", 1024)
+
+    async def read() -> Sequence[IssuerKey]:
+        return [IssuerKey("r1", "RS256", PyJWK(jwk(short, "r1"), "RS256"))]
+
+    with pytest.raises(JWTRefused, match="no valid JWT"):
+        await JWTIdentities(settings(), IssuerKeys(ISSUER, read)).identity(signed(key=short))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from jwt import PyJWK
@@ -16,6 +17,8 @@ from deployments.serve.issuer_keys import (
     EARLY_S,
     GRACE_S,
     KEPT_S,
+    MAX_BYTES,
+    MAX_WAITING,
     OLD_S,
     READ_S,
     IssuerKey,
@@ -106,6 +109,7 @@ async def test_the_last_key_can_be_withdrawn(slow: SlowIssuer, clock: ManualCloc
     with capture_logs() as logs:
         assert await slow.keys.fitting("r1", "RS256") == []
     assert "all JWTs are refused" in logs[-1]["event"]
+    assert logs[-1]["issuer"] == "https://idp.example"
 
 
 async def test_keys_are_read_again_before_callers_have_to_wait(slow: SlowIssuer, clock: ManualClock) -> None:
@@ -151,7 +155,7 @@ async def test_a_bounded_number_of_callers_waits(slow: SlowIssuer, clock: Manual
     clock.now_s += AGAIN_S
     waiting = [await slow.call(f"forged{number}") for number in range(100)]
     for _ in range(2):
-        with pytest.raises(JWTNotChecked, match="too many callers wait"):
+        with pytest.raises(JWTNotChecked, match=r"too many callers wait.*try again in 1 s"):
             (await slow.call("forged")).result()
     assert len((await slow.call()).result()) == 1
     assert not any(each.done() for each in waiting)
@@ -171,8 +175,32 @@ async def test_any_failure_is_an_issuer_that_is_not_reached(clock: ManualClock) 
 
     with capture_logs() as logs, pytest.raises(JWTNotChecked):
         await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")
-    assert logs[0]["event"] == "the keys of the issuer of JWTs can't be read"
-    assert logs[0]["reason"] == "ImportError: socksio is missing"
+    event = "the keys of the issuer of JWTs can't be read"
+    reason = "ImportError: socksio is missing"
+    assert logs == [{"event": event, "issuer": "https://idp.example", "reason": reason, "log_level": "warning"}]
+
+
+async def test_the_log_says_when_keys_change(clock: ManualClock) -> None:
+    """It has a line for each change of ids or algorithms, and none for a read of the same keys."""
+    answer = b""
+
+    async def read() -> Sequence[IssuerKey]:
+        return parse_keys(answer, ["RS256", "RS512"])
+
+    keys = IssuerKeys("https://idp.example", read)
+    with capture_logs() as logs:
+        for key_id, algorithm, lines in (
+            ("r1", "RS256", 1),
+            ("r1", "RS256", 1),
+            ("r2", "RS256", 2),
+            ("r2", "RS512", 3),
+        ):
+            answer = jwks(jwk(rsa_key(), key_id, alg=algorithm))
+            clock.now_s += OLD_S + 1
+            await keys.fitting(key_id, algorithm)
+            assert len(logs) == lines
+    event = "the keys of the issuer of JWTs were read"
+    assert logs == [{"event": event, "issuer": "https://idp.example", "keys": 1, "log_level": "info"}] * 3
 
 
 async def test_keys_are_used_for_the_documented_times(slow: SlowIssuer, clock: ManualClock) -> None:
@@ -221,6 +249,13 @@ async def test_reads_begin_15_seconds_apart(slow: SlowIssuer, clock: ManualClock
     assert slow.reads == 3
 
 
+def test_the_documented_bounds_of_a_read() -> None:
+    """SECURITY.md says how much an issuer may answer, how long that may take, and how often it is asked."""
+    text = (Path(__file__).parents[3] / "SECURITY.md").read_text()
+    assert f"at most {MAX_BYTES / 1024:g} KiB in {READ_S:g} seconds" in text
+    assert f"every {AGAIN_S:g} seconds, and at most {MAX_WAITING} of them wait" in text
+
+
 async def test_one_read_runs_at_a_time(slow: SlowIssuer, clock: ManualClock) -> None:
     """A read ends before the next one may begin; if it does not, the next one does not begin."""
     assert READ_S + GRACE_S < AGAIN_S
@@ -262,6 +297,18 @@ async def test_an_earlier_read_does_not_refuse_a_new_key(slow: SlowIssuer, clock
         await new
 
 
+async def test_an_earlier_read_can_have_a_new_key(slow: SlowIssuer, clock: ManualClock) -> None:
+    """A JWT that comes during a read is accepted if the answer has its key."""
+    slow.answer = jwks(jwk(rsa_key(), "r2"))
+    clock.now_s += AGAIN_S
+    forged = await slow.call("forged")
+    clock.now_s += 1
+    new = await slow.call("r2")
+    slow.ready.set()
+    assert len(await new) == 1
+    assert await forged == []
+
+
 async def test_callers_wait_again_some_time_after_a_failure(slow: SlowIssuer, clock: ManualClock) -> None:
     """An issuer that failed once may answer now: 25 seconds later, callers wait for it, because it withdraws keys."""
     slow.answer = None
@@ -271,7 +318,7 @@ async def test_callers_wait_again_some_time_after_a_failure(slow: SlowIssuer, cl
     slow.ready.clear()
     clock.now_s += 24
     assert len((await slow.call()).result()) == 1
-    clock.now_s += 2
+    clock.now_s += 1
     waiting = await slow.call()
     assert not waiting.done()
     slow.answer = b'{"keys": []}'
@@ -300,6 +347,17 @@ async def test_a_read_that_does_not_end_holds_no_caller(clock: ManualClock, monk
         ended.set()
     assert keys._reading is not None
     await keys._reading
+
+
+async def test_callers_wait_for_the_longest_read(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may take READ_S, and callers get its keys."""
+    monkeypatch.setattr(issuer_keys, "GRACE_S", 0.001)
+
+    async def read() -> Sequence[IssuerKey]:
+        await asyncio.sleep(0.05)
+        return parse_keys(jwks(), ["RS256"])
+
+    assert len(await IssuerKeys("https://idp.example", read).fitting("r1", "RS256")) == 1
 
 
 async def test_a_key_without_kid_fits_no_kid(clock: ManualClock) -> None:
