@@ -63,7 +63,7 @@ class Calls:
                 ``ca_file`` has no certificates; or the environment names unusable certificates or an unusable proxy.
                 Calls raise it if the registry's certificate is not trusted.
         """
-        headers = {} if tenant is None else {TENANT_HEADER: tenant}
+        headers = {} if tenant is None else {TENANT_HEADER: _checked_tenant(tenant)}
         if api_key is not None:
             if base_url_of(base_url).userinfo:
                 raise BadSettings("the registry's URL", "has a user name, which would be sent in place of the API key")
@@ -142,6 +142,13 @@ def _checked_key(api_key: str) -> str:
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise BadSettings("API key", "is empty, or has characters that no key has")
     return key
+
+
+def _checked_tenant(tenant: str) -> str:
+    """Return the name of a tenant. Raises BadSettings if an HTTP header can't contain it."""
+    if not tenant.isascii() or not tenant.isprintable():
+        raise BadSettings("tenant", f"{tenant!r} has characters that no tenant's name has")
+    return tenant
 
 
 def _before(deadline_s: float | None, again: bool | float) -> bool | float:

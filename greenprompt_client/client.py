@@ -118,7 +118,7 @@ class RegistryClient(Calls):
         return read(RequestState, self._insist("GET", _path(request_id), params, wait_s + 60, deadline_s=deadline_s))
 
     def keep_alive(self, request_id: str) -> RequestState:
-        """Use an LLM as a prompt does, so that its lease goes on. Retried, and raises, like ``status``."""
+        """Restart the idle time of a lease. Retried, and raises, like ``status``."""
         return read(RequestState, self._insist("POST", f"{_path(request_id)}/keepalive", {}, 60))
 
     def events(self, request_id: str, *, after: int = 0) -> Iterator[EventState]:
@@ -185,12 +185,13 @@ class RegistryClient(Calls):
         """Return the lease of a deployed request, for prompts. The lease remains the caller's to release.
 
         Raises:
-            NotDeployed: The request waits, or has ended (RequestEnded).
+            NotDeployed: The request waits, has ended (RequestEnded), or its address is not shown to this key.
             BadSettings: The registry is called by https, but the URL of the lease is not https.
         """
         if state.url is None:
             kind = RequestEnded if state.status in ENDED else NotDeployed
-            raise kind(state.requestId, state.status, state.reason)
+            hidden = "its address is shown to its own tenant only" if state.status == "deployed" else None
+            raise kind(state.requestId, state.status, hidden or state.reason)
         require_encrypted(self._prompts.base_url, httpx.URL(state.url))
         return HeldLease(state, state.url, self._prompts)
 
@@ -238,8 +239,8 @@ class RegistryClient(Calls):
         return read(list[MachineState], checked(self._http.get("/machines")))
 
     def llms(self) -> list[LLMState]:
-        """Return the LLMs that run or start. Raises AnswerError, httpx.HTTPError."""
-        return read(list[LLMState], checked(self._http.get("/llms")))
+        """Return the LLMs that run or start. Retried, and raises, like ``status``."""
+        return read(list[LLMState], self._insist("GET", "/llms", {}, 60))
 
     def measurement(self, measurement_id: int) -> MeasurementState:
         """Return a measurement with all its requests. Retried like ``status``. Raises AnswerError (404: unknown)."""

@@ -13,6 +13,7 @@ from math import ceil, floor, log10
 
 from registry.accounting.figures import Figure
 from registry.wire.labels import MEASURED
+from registry.wire.schemas import RequestState
 
 UNKNOWN = "-"
 LEGEND = "~: not measured, but estimated or computed with a published factor; ≥: only the known part; -: not known"
@@ -95,3 +96,13 @@ def phase_words(phase: str, progress: float | None, total_bytes: int | None) -> 
     if total_bytes is not None:
         words.append(f"of {number(total_bytes / 1e9)} GB")
     return " ".join(words)
+
+
+def state_words(state: RequestState) -> str:
+    """Return a request's state: ``queued, place 2 in the queue``, or ``deploying, downloading 43% of 5.2 GB``."""
+    words = [state.status]
+    if state.position is not None:
+        words.append(f"place {state.position} in the queue")
+    if state.phase is not None:
+        words.append(phase_words(state.phase, state.progress, state.bytesTotal))
+    return ", ".join(words)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -99,7 +100,27 @@ CAFileOption = Annotated[
 ]
 
 
-JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON, with the fields of the HTTP API.")]
+JSONOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON with the fields of the HTTP API, one object per line.")
+]
+ChatTemplateOption = Annotated[
+    bool,
+    typer.Option("--chat-template/--no-chat-template", help="Whether to put questions into the chat template."),
+]
+TenantOption = Annotated[str | None, typer.Option("--tenant", help="Name of your tenant: tenants take turns.")]
+PriorityOption = Annotated[str | None, typer.Option("--priority", help="low, normal or high, within the tenant.")]
+GradeOption = Annotated[
+    str | None, typer.Option("--grade", help="'measurement': the LLM is handed over warm, on a machine at rest.")
+]
+GPUTypeOption = Annotated[str | None, typer.Option("--gpu-type", help="GPUs that the machine must have, e.g. H100.")]
+LikeOption = Annotated[
+    str | None,
+    typer.Option("--like", help="Id of an earlier request to repeat: same LLM, software and kind of machine."),
+]
+JoulesOption = Annotated[float | None, typer.Option("--max-joules", help="Energy that a lease may use, joules.")]
+EmissionsOption = Annotated[
+    float | None, typer.Option("--max-gco2eq", help="Emissions that a lease may cause, grams CO2eq.")
+]
 
 
 # D101: a client has dependencies of its own
@@ -121,12 +142,23 @@ def needs(extra: str) -> Iterator[None]:
 
 def complain(problem: str) -> None:
     """Print a problem on standard error, without markup."""
-    problems.print(f"greenprompt: {problem}", markup=False, highlight=False)
+    problems.print(f"greenprompt: {problem}", markup=False, highlight=False, emoji=False)
+
+
+def note(line: str) -> None:
+    """Print a line that is not the result of a command on standard error, without markup."""
+    problems.print(line, markup=False, highlight=False, emoji=False)
 
 
 def say(line: str) -> None:
-    """Print a line as it is, without markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print a line exactly as it is; rich would replace ``:100:`` and tabs."""
+    console.file.write(f"{line}\n")
+    console.file.flush()
+
+
+def say_json(value: Any) -> None:
+    """Print a value as one line of JSON, in ASCII, so that no terminal changes it."""
+    say(json.dumps(value))
 
 
 def default_key(url: str) -> str | None:
@@ -153,18 +185,19 @@ def _operator_key(url: str) -> str | None:
 def interactive_client(
     url: str, ca_file: Path | None = None, *, tenant: str | None = None, key: str | None = None
 ) -> RegistryClient:
-    """Return a client for a command; if nothing listens at ``url``, it fails within seconds.
+    """Return a client for a command; if nothing listens at ``url``, it fails within seconds. Sends nothing yet.
 
-    ``key`` None: see ``default_key``.
+    ``key`` None: see ``default_key``. Raises like ``require_known_variables``.
     """
+    require_known_variables()
     key = default_key(url) if key is None else key
     return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
 
 
-def connect(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
-    """Return a client for a command, see ``interactive_client``. Raises like ``require_known_variables``."""
+def tenants_client(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
+    """Do as ``interactive_client``, but with the key of the environment or none: an operator's key leases no LLM."""
     require_known_variables()
-    return interactive_client(url, ca_file, tenant=tenant)
+    return RegistryClient(url, tenant=tenant, api_key=api_key(), ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
 
 
 def require_known_variables() -> None:

@@ -16,7 +16,7 @@ import stamina
 import typer
 
 from greenprompt_client.answers import UNEXPECTED, AnswerError, NotDeployed
-from greenprompt_client.cli import audit, keys, requests, server, status
+from greenprompt_client.cli import audit, keys, leasing, server, status
 from greenprompt_client.cli.app import (
     API_KEY_VARIABLE,
     DEFAULT_URL,
@@ -27,22 +27,29 @@ from greenprompt_client.cli.app import (
     EXIT_UNREACHABLE,
     EXIT_UNUSABLE,
     CAFileOption,
+    EmissionsOption,
+    GPUTypeOption,
+    GradeOption,
+    JoulesOption,
+    LikeOption,
+    PriorityOption,
+    TenantOption,
     URLOption,
     api_key,
     app,
     complain,
-    connect,
     console,
+    interactive_client,
     needs,
     require_known_variables,
     say,
 )
 from greenprompt_client.cli.status import drain_note
 from greenprompt_client.client import RegistryClient
-from registry.errors import RegistryError
+from registry.errors import LeaseEnded, RegistryError
 from registry.wire.schemas import MachineState
 
-__all__ = ["app", "audit", "keys", "main", "requests", "server", "status"]
+__all__ = ["app", "audit", "keys", "leasing", "main", "server", "status"]
 
 
 ExperimentFile = Annotated[
@@ -87,17 +94,13 @@ def measure(
     modeltyp: Annotated[str | None, typer.Option(help="Task of the LLMs, e.g. text-generation.")] = None,
     uses_chat_template: ChatTemplate = None,
     measurement_id: Annotated[int | None, typer.Option(help="The measurementId. Default: a new one.")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Name of your tenant: tenants take turns in the queue.")] = None,
-    priority: Annotated[str | None, typer.Option(help="low, normal or high, within the tenant.")] = None,
-    grade: Annotated[
-        str | None, typer.Option(help="'measurement': the LLM is handed over warm, on a machine at rest.")
-    ] = None,
-    gpu_type: Annotated[str | None, typer.Option(help="GPUs that the machine must have, e.g. H100.")] = None,
-    like: Annotated[
-        str | None, typer.Option(help="Id of an earlier request to repeat: same LLM, software and kind of machine.")
-    ] = None,
-    max_joules: Annotated[float | None, typer.Option(help="Energy that each lease may use, joules.")] = None,
-    max_gco2eq: Annotated[float | None, typer.Option(help="Emissions that each lease may cause, grams CO2eq.")] = None,
+    tenant: TenantOption = None,
+    priority: PriorityOption = None,
+    grade: GradeOption = None,
+    gpu_type: GPUTypeOption = None,
+    like: LikeOption = None,
+    max_joules: JoulesOption = None,
+    max_gco2eq: EmissionsOption = None,
     prompt_timeout_s: PromptTimeout = None,
     url: Annotated[str | None, typer.Option(help="Base URL of the registry.", envvar="GREENPROMPT_URL")] = None,
     ca_file: CAFileOption = None,
@@ -145,7 +148,7 @@ def report(
     from greenprompt_client.report.files import write_report
     from greenprompt_client.report.table import report_table
 
-    with connect(url, ca_file, tenant) as registry:
+    with interactive_client(url, ca_file, tenant=tenant) as registry:
         found = registry.report(measurement)
         if html or csv or json:
             found = replace(found, windows=tuple(registry.windows(measurement, detail=json is not None)))
@@ -167,7 +170,7 @@ def drain(
     ca_file: CAFileOption = None,
 ) -> None:
     """Grant no new leases on a machine. When its leases have ended, its wrappers are removed."""
-    with connect(url, ca_file) as registry:
+    with interactive_client(url, ca_file) as registry:
         state = registry.drain(machine)
         if wait:
             state = _wait_until_drained(registry, machine, timeout)
@@ -181,7 +184,7 @@ def undrain(
     ca_file: CAFileOption = None,
 ) -> None:
     """Use a drained machine again; its wrappers are recreated."""
-    with connect(url, ca_file) as registry:
+    with interactive_client(url, ca_file) as registry:
         registry.undrain(machine)
     say(f"{machine} is used again")
 
@@ -210,6 +213,8 @@ def exit_status(error: RegistryError | httpx.TransportError) -> int:
         return EXIT_NOT_YET
     if not isinstance(error, AnswerError):
         return EXIT_UNUSABLE
+    if error.answer_code == LeaseEnded.code:
+        return EXIT_NOT_YET
     if error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE) and error.answer_code != UNEXPECTED:
         return EXIT_NOT_FOUND
     unavailable = error.status >= HTTPStatus.INTERNAL_SERVER_ERROR or error.answer_code == UNEXPECTED

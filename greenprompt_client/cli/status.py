@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from json import dumps
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from greenprompt_client.cli.app import DEFAULT_URL, CAFileOption, JSONOption, URLOption, app, connect, console, say
+from greenprompt_client.cli.app import (
+    DEFAULT_URL,
+    CAFileOption,
+    JSONOption,
+    URLOption,
+    app,
+    console,
+    interactive_client,
+    say_json,
+)
 from greenprompt_client.notation import phase_words
 from registry.wire.schemas import HealthState, MachineState, WrapperState
 
@@ -23,11 +31,11 @@ def status(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFi
 
     With '--json': an object with the answers of GET /healthz ("health") and GET /machines ("machines").
     """
-    with connect(url, ca_file) as registry:
+    with interactive_client(url, ca_file) as registry:
         health, machines = registry.health(), registry.machines()
     if json:
         shown = {"health": health.model_dump(), "machines": [each.model_dump() for each in machines]}
-        say(dumps(shown))
+        say_json(shown)
     else:
         console.print(overview(health, machines, datetime.now(UTC)))
 
@@ -36,11 +44,11 @@ def status(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFi
 def llms(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFileOption = None) -> None:
     """Show the LLMs that run or start. With '--json': one JSON object per line."""
     table = Table("LLM", "task", "status", "machine", "wrapper", "revision", box=box.SIMPLE)
-    with connect(url, ca_file) as registry:
+    with interactive_client(url, ca_file) as registry:
         found = registry.llms()
     for each in found:
         if json:
-            say(each.model_dump_json())
+            say_json(each.model_dump())
         cells = (each.model, each.modeltyp, each.status, each.machine, each.wrapper, each.revision or "-")
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     if not json:

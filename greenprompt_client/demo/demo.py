@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from rich import box
@@ -36,6 +36,7 @@ from greenprompt_client.demo.tiny_llm import make_tiny_llm
 from greenprompt_client.figures_table import label_words
 from greenprompt_client.held_lease import HeldLease
 from greenprompt_client.notation import LEGEND, bounded_text, estimate_text, phase_words
+from greenprompt_client.signals import ignore_signals, one_signal
 from registry.accounting.figures import MachineFigures, figures_of, of_kind
 from registry.accounting.window_report import WindowReport
 from registry.errors import BadSettings, RegistryError, StartFailed
@@ -99,7 +100,7 @@ def run_demo(config: Path, models: list[str], console: Console) -> None:
     rows = [Row(model) for model in models]
     failed: list[str] = []
     with (
-        _one_signal(),
+        one_signal(),
         _registry(config, console) as url,
         RegistryClient(url) as registry,
         httpx.Client(timeout=600, trust_env=False) as http,
@@ -229,33 +230,10 @@ def _registry(config: Path, console: Console) -> Iterator[str]:
             lacks = partial(_lacks, f"http://{url_host(host)}:{port}", log)
             yield _wait_ready(process, log, Path(folder) / "up.json", limit_s, console, lacks=lacks)
         finally:
-            _ignore_signals()  # the end has a time limit
+            ignore_signals()  # the end has a time limit
             with console.status("Shutting everything down …"):
                 _end(process)
             console.print("Everything that was started has ended.")
-
-
-@contextmanager
-def _one_signal() -> Iterator[None]:
-    """Make the first SIGINT or SIGTERM raise KeyboardInterrupt; later ones don't interrupt the end of the demo."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(*_: object) -> NoReturn:
-        _ignore_signals()
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_ready(

@@ -37,7 +37,7 @@ from greenprompt_client.measure.prompt_files import Prompt
 from greenprompt_client.measure.prompting import LEASE_LOST, Unanswered, answer_of
 from greenprompt_client.measure.results import Results
 from greenprompt_client.measure.table import notes, results_table
-from greenprompt_client.notation import phase_words
+from greenprompt_client.notation import state_words
 from registry.accounting.figures import of_kind
 from registry.accounting.report_csv import windows_csv
 from registry.accounting.window_report import WindowReport
@@ -314,7 +314,7 @@ class _Run:
         begun_s = time.monotonic()
         try:
             with self._registry.lease(
-                request_id, on_change=lambda state: self._say(f"{title}: {said(state)}")
+                request_id, on_change=lambda state: self._say(f"{title}: {state_words(state)}")
             ) as lease:
                 self._results.add_lease(_lease_line(llm, repetition, lease.state))
                 self._say(f"{title}: warm-up")
@@ -405,16 +405,6 @@ def _named(windows: Sequence[WindowReport], lines: Sequence[dict[str, Any]]) -> 
 
 def _lease_line(llm: str, repetition: int | None, state: RequestState) -> dict[str, Any]:
     return {"llm": llm, "repetition": repetition, **state.model_dump(mode="json", exclude={"url", "address"})}
-
-
-def said(state: RequestState) -> str:
-    """Return a request's state in a few words."""
-    words = [state.status]
-    if state.position is not None:
-        words.append(f"place {state.position} in the queue")
-    if state.phase is not None:
-        words.append(phase_words(state.phase, state.progress, state.bytesTotal))
-    return ", ".join(words)
 
 
 def new_id() -> int:

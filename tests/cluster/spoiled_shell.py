@@ -1,4 +1,4 @@
-"""Commands in a shell that is not as it should be: variables, limits, locale and folders of one or several cases."""
+"""Commands in a shell with variables, limits, a locale or folders that do not fit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def greenprompt(tmp_path: Path, case: Case, *words: str, limit_s: float) -> subp
 
 @contextmanager
 def detached(tmp_path: Path, case: Case, port: int) -> Iterator[str]:
-    """Start a registry in the background; the URL. ``down`` waits for its end; a second ``up`` and ``down`` say so."""
+    """Run a registry in the background during the block; yields its URL.
+
+    A second ``up`` is refused. ``down`` returns when the registry has ended, and a second one finds none.
+    """
     url = f"http://{'[::1]' if '::' in case.config else '127.0.0.1'}:{port}"
     try:
         up = greenprompt(tmp_path, case, "up", "--detach", limit_s=UP_LIMIT_S)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,23 +32,29 @@ def ran(registry: Registry, *words: str) -> str:
     return shown.stdout
 
 
-def test_an_llm_from_request_to_release(registry: Registry, llm: Callable[..., dict[str, Any]]) -> None:
-    """One command holds the LLM, others prompt it and tell what happened; Ctrl-C gives it back."""
+def test_an_llm_from_request_to_release(registry: Registry, llm: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """One command holds the LLM, others prompt it and show its events; Ctrl-C releases it."""
     model = llm("a")["model"]
     options = ["--arg", "max_new_tokens=4", "--deployment-arg", "enforce_eager=true", "--wait", "--json"]
-    with subprocess.Popen(
-        command(registry, "request", model, *options),
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as holder:
+    log = tmp_path / "progress.log"
+    with (
+        log.open("w") as progress,
+        subprocess.Popen(
+            command(registry, "request", model, *options),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=progress,
+            text=True,
+        ) as holder,
+    ):
         try:
             assert holder.stdout is not None
-            held = json.loads(holder.stdout.readline())
+            line = holder.stdout.readline()
+            assert line, log.read_text()
+            held = json.loads(line)
             registry.note_lease(held["url"])
             request_id = held["requestId"]
+            registry.posted.append(request_id)
             answer = json.loads(ran(registry, "prompt", request_id, "Is the grid green?", "--json"))
             assert answer["usage"]["completion_tokens"] == 4
             assert {json.loads(line)["model"] for line in ran(registry, "llms", "--json").splitlines()} == {model}

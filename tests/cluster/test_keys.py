@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from deployments.machine import process_tree
 from deployments.serve.jwt_identities import MAX_JWT
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
@@ -180,18 +180,20 @@ def test_keys_survive_a_restart(closed: Registry) -> None:
     assert file.read_text() == before
 
 
-def test_a_refused_start_removes_what_a_crash_left(closed: Registry) -> None:
-    """All processes are killed at once, as if the machine had crashed: the next command takes away what they left.
+def test_a_killed_owner_takes_everything_along(closed: Registry) -> None:
+    """A ``greenprompt up`` that is killed ends its cluster; the next command, a start that is refused, ends the rest.
 
-    The command is a start that is refused. No secret was seen, and none is in a file that others can read.
+    No secret was seen, and none is in a file that others can read.
     """
     ran = Ran(closed)
     search = search_for_secrets(closed, {"Authorization": f"Bearer {new_key(closed, '--role', 'operator')}"})
-    process_tree.kill(closed.processes())
+    closed.process.kill()
     closed.process.wait()
-    assert ran.folder.exists()
-    with socket.create_server(("127.0.0.1", int(closed.url.rsplit(":", 1)[1]))):
-        refused = greenprompt(closed, "up", "--config", str(closed.folder / "config.yaml"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        closed_port, port = urlsplit(closed.url).port, taken.getsockname()[1]
+        config = closed.folder / "config.yaml"
+        config.write_text(config.read_text().replace(f"port: {closed_port}\n", f"port: {port}\n"))
+        refused = greenprompt(closed, "up", "--config", str(config))
     assert (refused.returncode, "http.port" in refused.stderr) == (2, True), refused.stderr
     assert ran.left() == []
     search.look_at_files(closed.folder, files_with_secrets(closed))

@@ -130,7 +130,7 @@ READY = {
     "dashboard's port is taken": Case("", before="true"),
     "no standard input": Case("", before="exec <&-"),
 }
-"""Each of these is a start of its own, so it is long. test_lifecycle.py has most of them in one start."""
+"""Each of these is a start of its own, so it is long. test_crash.py has most of them in one start."""
 
 
 @pytest.fixture

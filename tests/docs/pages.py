@@ -200,6 +200,8 @@ def command_line_page() -> str:
 `greenprompt --help` and `greenprompt <command> --help` say the same. {EXIT_STATUSES}
 More in [Exit statuses](exit-statuses.md).
 
+`greenprompt --version` prints the version; `greenprompt --install-completion` installs completion for your shell.
+
 """
     for name, command in _commands(get_command(app), ""):
         usage = [f"<{each.name}>" for each in command.params if each.param_type_name == "argument"]
@@ -215,8 +217,8 @@ More in [Exit statuses](exit-statuses.md).
 
 
 def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the commands of a group with their full names; a group of commands is replaced by its commands."""
-    for name, command in group.commands.items():
+    """Yield the commands of a group with their full names, by name; a group is replaced by its commands."""
+    for name, command in sorted(group.commands.items()):
         if hasattr(command, "commands"):
             yield from _commands(command, f"{prefix}{name} ")
         else:

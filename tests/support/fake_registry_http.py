@@ -70,7 +70,7 @@ class HttpRegistry:
 
     * ``posted``: bodies of all POSTs; ``kept``: ids of all keep-alives; ``prompted``: (model, question) of all prompts.
     * ``on_prompt`` may answer in place of the LLM, and name the answer's window; ``on_poll`` may change a request
-      before its state is returned; ``on_post`` may refuse a POST.
+      before its state is returned; ``on_post`` and ``on_release`` may refuse a POST and a release.
     * ``given_back`` is set once a release leaves no open request.
     * ``windows``: the final windows. A prompt's window exists from its answer on, a lease's from its end on.
     * ``on_windows`` may hide or replace windows; ``window`` may change a single one. A page has PAGE windows.
@@ -83,6 +83,7 @@ class HttpRegistry:
         self.kept: list[str] = []
         self.prompted: list[tuple[str, str]] = []
         self.on_post: Callable[[], Reply | None] = lambda: None
+        self.on_release: Callable[[], Reply | None] = lambda: None
         self.on_poll: Callable[[RequestState], RequestState] = lambda state: state
         self.on_prompt: Callable[[RequestState, str], Reply | None] = lambda _state, _question: None
         self.windows: list[WindowReport] = []
@@ -231,6 +232,9 @@ class HttpRegistry:
     def _delete(self, path: str) -> Reply:
         with self._lock:
             request_id = path.rpartition("/")[2]
+            refused = self.on_release()
+            if refused is not None:
+                return refused
             status = self.requests[request_id].status
             if status not in ENDED:
                 self.end(request_id, "released" if status == "deployed" else "cancelled")

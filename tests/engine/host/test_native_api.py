@@ -23,7 +23,7 @@ ASK: Any = [{"role": "user", "content": "Is the grid green?"}]
 
 @pytest.fixture(autouse=True)
 def empty_afterwards() -> None:
-    """All tests of this file use one LLM; the last one stops it."""
+    """All tests of this file use one LLM, which its fixture stops."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="package")

@@ -10,6 +10,7 @@ import pytest
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
 from registry.errors import BadSettings
+from registry.wire.schemas import MAX_EVENTS
 from tests.support.scripted_registry import BUSY, STATE, Make
 
 
@@ -62,6 +63,16 @@ def test_wait_for_a_drain_has_an_end(registry: Make) -> None:
     client, _ = registry(MACHINE)
     with pytest.raises(TimeoutError, match="gpu 1 is still being drained after 0 s"):
         client.wait_until_drained("gpu 1", timeout_s=0)
+
+
+def test_events(registry: Make) -> None:
+    """The events of all pages come in their order; a page that is not full is the last."""
+    events = [{"event": n, "what": "TimePassed", "at": "2026-11-30T09:00:00Z"} for n in range(1, MAX_EVENTS + 3)]
+    pages = (events[:MAX_EVENTS], events[MAX_EVENTS:])
+    client, script = registry(*(httpx.Response(200, json=page) for page in pages))
+    assert [each.event for each in client.events("r 1")] == list(range(1, MAX_EVENTS + 3))
+    path = "GET /promptingservice/request/r%201/events"
+    assert script.asked == [f"{path}?after={after}&limit={MAX_EVENTS}" for after in (0, MAX_EVENTS)]
 
 
 def test_measurement(registry: Make) -> None:

@@ -22,6 +22,7 @@ from greenprompt_client.client import RegistryClient
 from greenprompt_client.demo import demo
 from greenprompt_client.demo.demo import Row
 from greenprompt_client.held_lease import HeldLease
+from greenprompt_client.signals import one_signal
 from registry.accounting.window_report import WindowReport, window_report
 from registry.errors import StartFailed
 from registry.wire.schemas import LLMConfig, RequestState
@@ -326,10 +327,11 @@ import subprocess, sys, time
 from pathlib import Path
 from rich.console import Console
 from greenprompt_client.client import RegistryClient
-from greenprompt_client.demo.demo import _one_signal, _registry
+from greenprompt_client.demo.demo import _registry
+from greenprompt_client.signals import one_signal
 started = subprocess.Popen
 subprocess.Popen = lambda command, **how: started([sys.executable, "-S", "-c", sys.argv[2]], **how)
-with _one_signal(), _registry(Path(sys.argv[1]), Console()):
+with one_signal(), _registry(Path(sys.argv[1]), Console()):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -362,7 +364,7 @@ def test_a_signal_ends_what_the_demo_started(tmp_path: Path, number: signal.Sign
 def test_signals_are_as_before_after_the_demo() -> None:
     """The first signal is an interrupt, the second nothing; afterwards the handlers are those of before."""
     before = signal.getsignal(signal.SIGTERM)
-    with demo._one_signal():
+    with one_signal():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from greenprompt_client.measure.run import said
+from greenprompt_client.notation import state_words
 from registry.wire.schemas import RequestState
 from tests.support.fake_registry_http import CREATED, HttpRegistry, Reply, error
 from tests.support.measure_runs import LIMIT_S, QUESTIONS, Measure, every_prompt_once, lines
@@ -147,4 +147,4 @@ def test_prompts_are_in_flight_together(measure: Measure, registry: HttpRegistry
 def test_progress_says_what_is_waited_for(more: dict[str, Any], words: str) -> None:
     """The bar's line tells place and phase as the registry does."""
     plain = {"requestId": "r", "llmconfig": {}, "measurementId": 1, "address": None, "link": "", "createdAt": CREATED}
-    assert said(RequestState.model_validate(plain | more)) == words
+    assert state_words(RequestState.model_validate(plain | more)) == words
