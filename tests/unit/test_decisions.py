@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.docs.decisions import PARTS, decisions, is_well_named, numbers_in, source_files
 from tests.docs.modules import ROOT
 
@@ -49,3 +51,15 @@ def test_decisions_name_files_that_are_there() -> None:
         if not path.is_file()
     ]
     assert gone == []
+
+
+def test_decisions_name_code_that_is_there() -> None:
+    """A name in brackets after a path occurs in that file."""
+    named = [
+        (each.path.name, path, name.rpartition(".")[2])
+        for each in IN_FORCE
+        for path, names in re.findall(r"`([\w/.]+\.py)` \(([^)]*)\)", " ".join(each.text.split()))
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    assert len(named) > 100
+    assert [each for each in named if each[2] not in (ROOT / each[1]).read_text(encoding="utf-8")] == []
