@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a command: Ctrl-C, the end of a session, the loss of its terminal."""
+"""Signals that end a command: Ctrl-C, `kill`, the loss of its terminal."""
 
 
 @contextmanager
 def one_signal() -> Iterator[None]:
     """Make the first signal that ends a command raise KeyboardInterrupt; later ones don't interrupt the clean-up."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # as `nohup` wants it
+        del before[signal.SIGHUP]
 
     def stop(*_: object) -> NoReturn:
         ignore_signals()

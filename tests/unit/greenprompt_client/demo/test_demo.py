@@ -371,6 +371,17 @@ def test_signals_are_as_before_after_the_demo() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_lost_terminal_is_ignored_under_nohup() -> None:
+    """If SIGHUP is ignored at the start, it does not end the command."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with one_signal():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_registry_is_ended(started: list[subprocess.Popen[bytes]]) -> None:
     """The registry is told to end, waited for, and a second end is no error."""
     process = start(started, "import signal; signal.pause()")
