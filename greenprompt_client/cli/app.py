@@ -103,10 +103,17 @@ CAFileOption = Annotated[
 JSONOption = Annotated[
     bool, typer.Option("--json", help="Print JSON with the fields of the HTTP API, one object per line.")
 ]
-ChatTemplateOption = Annotated[
-    bool,
-    typer.Option("--chat-template/--no-chat-template", help="Whether to put questions into the chat template."),
+ArgOption = Annotated[
+    list[str] | None,
+    typer.Option("--arg", help="Prompting argument of all LLMs, e.g. max_new_tokens=64. Repeatable."),
 ]
+DeploymentArgOption = Annotated[
+    list[str] | None,
+    typer.Option("--deployment-arg", help="Deployment argument of all LLMs, e.g. max_model_len=2048. Repeatable."),
+]
+CHAT_TEMPLATE: Any = typer.Option(
+    "--chat-template/--no-chat-template", help="Whether to put questions into the chat template."
+)
 TenantOption = Annotated[str | None, typer.Option("--tenant", help="Name of your tenant: tenants take turns.")]
 PriorityOption = Annotated[str | None, typer.Option("--priority", help="low, normal or high, within the tenant.")]
 GradeOption = Annotated[
@@ -189,15 +196,17 @@ def interactive_client(
 
     ``key`` None: see ``default_key``. Raises like ``require_known_variables``.
     """
-    require_known_variables()
-    key = default_key(url) if key is None else key
-    return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
+    return _client(url, ca_file, tenant, default_key(url) if key is None else key)
 
 
 def tenants_client(url: str, ca_file: Path | None, tenant: str | None = None) -> RegistryClient:
     """Do as ``interactive_client``, but with the key of the environment or none: an operator's key leases no LLM."""
+    return _client(url, ca_file, tenant, api_key())
+
+
+def _client(url: str, ca_file: Path | None, tenant: str | None, key: str | None) -> RegistryClient:
     require_known_variables()
-    return RegistryClient(url, tenant=tenant, api_key=api_key(), ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
+    return RegistryClient(url, tenant=tenant, api_key=key, ca_file=ca_file, connect_for_s=CONNECT_FOR_S)
 
 
 def require_known_variables() -> None:

@@ -17,11 +17,13 @@ from rich.text import Text
 
 from greenprompt_client.answers import AnswerError, RequestEnded
 from greenprompt_client.cli.app import (
+    CHAT_TEMPLATE,
     DEFAULT_URL,
     EXIT_INTERRUPTED,
     EXIT_NOT_YET,
+    ArgOption,
     CAFileOption,
-    ChatTemplateOption,
+    DeploymentArgOption,
     EmissionsOption,
     GPUTypeOption,
     GradeOption,
@@ -64,14 +66,10 @@ def request(
         bool,
         typer.Option("--wait", help="Wait for the LLM, print its address with the token, and hold it until Ctrl-C."),
     ] = False,
-    arg: Annotated[
-        list[str] | None, typer.Option(help="Prompting argument, e.g. max_new_tokens=64. Repeatable.")
-    ] = None,
-    deployment_arg: Annotated[
-        list[str] | None, typer.Option(help="Deployment argument, e.g. max_model_len=2048. Repeatable.")
-    ] = None,
+    arg: ArgOption = None,
+    deployment_arg: DeploymentArgOption = None,
     modeltyp: Annotated[str, typer.Option(help="Task of the LLM.")] = "text-generation",
-    uses_chat_template: ChatTemplateOption = True,
+    uses_chat_template: Annotated[bool, CHAT_TEMPLATE] = True,
     measurement_id: Annotated[
         int | None, typer.Option(min=1, help="The measurementId. Default: a new one.", show_default=False)
     ] = None,

@@ -19,6 +19,7 @@ from greenprompt_client.answers import UNEXPECTED, AnswerError, NotDeployed
 from greenprompt_client.cli import audit, keys, leasing, server, status
 from greenprompt_client.cli.app import (
     API_KEY_VARIABLE,
+    CHAT_TEMPLATE,
     DEFAULT_URL,
     EXIT_INTERRUPTED,
     EXIT_NOT_FOUND,
@@ -26,7 +27,9 @@ from greenprompt_client.cli.app import (
     EXIT_REFUSED,
     EXIT_UNREACHABLE,
     EXIT_UNUSABLE,
+    ArgOption,
     CAFileOption,
+    DeploymentArgOption,
     EmissionsOption,
     GPUTypeOption,
     GradeOption,
@@ -61,18 +64,6 @@ PromptFile = Annotated[
     typer.Option("--prompts", "-p", metavar="<path>", help="File of the prompts: JSONL or a JSON array."),
 ]
 OutputFolder = Annotated[str | None, typer.Option("--output", "-o", metavar="<path>", help="Folder for the results.")]
-PromptingArgs = Annotated[
-    list[str] | None,
-    typer.Option("--arg", help="Prompting argument of all LLMs, e.g. max_new_tokens=64. Repeatable."),
-]
-DeploymentArgs = Annotated[
-    list[str] | None,
-    typer.Option("--deployment-arg", help="Deployment argument of all LLMs, e.g. max_model_len=2048. Repeatable."),
-]
-ChatTemplate = Annotated[
-    bool | None,
-    typer.Option("--chat-template/--no-chat-template", help="Whether to put questions into the chat template."),
-]
 PromptTimeout = Annotated[float | None, typer.Option("--prompt-timeout", help="Maximum wait for an answer, seconds.")]
 
 
@@ -89,10 +80,10 @@ def measure(
         int | None, typer.Option(help="Number of warm-up prompts per lease; they are not counted.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed for the order of the LLMs.")] = None,
-    arg: PromptingArgs = None,
-    deployment_arg: DeploymentArgs = None,
+    arg: ArgOption = None,
+    deployment_arg: DeploymentArgOption = None,
     modeltyp: Annotated[str | None, typer.Option(help="Task of the LLMs, e.g. text-generation.")] = None,
-    uses_chat_template: ChatTemplate = None,
+    uses_chat_template: Annotated[bool | None, CHAT_TEMPLATE] = None,
     measurement_id: Annotated[int | None, typer.Option(help="The measurementId. Default: a new one.")] = None,
     tenant: TenantOption = None,
     priority: PriorityOption = None,

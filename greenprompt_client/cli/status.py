@@ -49,6 +49,7 @@ def llms(json: JSONOption = False, url: URLOption = DEFAULT_URL, ca_file: CAFile
     for each in found:
         if json:
             say_json(each.model_dump())
+            continue
         cells = (each.model, each.modeltyp, each.status, each.machine, each.wrapper, each.revision or "-")
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     if not json:

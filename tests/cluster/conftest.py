@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -213,6 +214,21 @@ def run(folder: Path, command: list[str], url: str, environment: dict[str, str])
     return Registry(process, url, folder)
 
 
+def greenprompt(
+    *words: str, environment: Mapping[str, str] = MappingProxyType({}), limit_s: float = UP_LIMIT_S
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. ``environment``: variables in addition to those of the tests."""
+    return subprocess.run(
+        [sys.executable, "-m", "greenprompt_client.cli.main", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
+
+
 def stop(registry: Registry) -> None:
     """SIGTERM, and wait for the documented shutdown."""
     if registry.process.poll() is None:
@@ -293,6 +309,11 @@ def stop_and_search(registry: Registry, headers: dict[str, str] | None = None) -
         search = search_for_secrets(registry, headers)
     finally:
         stop(registry)
+    assert_no_secret_left(registry, search)
+
+
+def assert_no_secret_left(registry: Registry, search: SecretSearch) -> None:
+    """Fail if a search has seen a secret of a registry that has ended, or one is in a file that is left."""
     search.look_at_files(registry.folder, files_with_secrets(registry))
     assert search.found == []
 

@@ -1,4 +1,4 @@
-"""Commands in a shell with variables, limits, a locale or folders that do not fit."""
+"""Commands in a shell with unusual variables, limits, locale or folders."""
 
 from __future__ import annotations
 

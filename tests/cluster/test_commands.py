@@ -6,28 +6,22 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import REPOSITORY, Registry
+from tests.cluster.conftest import REPOSITORY, Registry, greenprompt
 
 pytestmark = pytest.mark.cluster
 
 LIMIT_S = 120
 
 
-def command(registry: Registry, *words: str) -> Sequence[str]:
-    return [sys.executable, "-m", "greenprompt_client.cli.main", *words, "--url", registry.url]
-
-
 def ran(registry: Registry, *words: str) -> str:
     """Return the output of a command that must succeed."""
-    shown = subprocess.run(
-        command(registry, *words), cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    shown = greenprompt(*words, environment={"GREENPROMPT_URL": registry.url}, limit_s=LIMIT_S)
     assert shown.returncode == 0, shown.stderr
     return shown.stdout
 
@@ -40,7 +34,7 @@ def test_an_llm_from_request_to_release(registry: Registry, llm: Callable[..., d
     with (
         log.open("w") as progress,
         subprocess.Popen(
-            command(registry, "request", model, *options),
+            [sys.executable, "-m", "greenprompt_client.cli.main", "request", model, *options, "--url", registry.url],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=progress,

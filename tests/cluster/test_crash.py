@@ -1,8 +1,8 @@
 """What is left of a registry whose machine or actor stops, or which ends: requests in order, leases, nothing else.
 
 One registry is started, crashes, and is started again in the same ``state_dir``, with leases of a few seconds from then
-on. The next tests use what came back. The last one ends it as its operator would, and goes on with it in a shell whose
-variables and limits do not fit. The folder has an odd name throughout.
+on. The next tests use what came back. The last test stops it with SIGTERM, and starts it again in a shell with unusual
+variables and limits. The name of the folder has spaces and special characters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 from deployments.machine import process_tree
 from greenprompt_client.demo.tiny_llm import make_tiny_llm
-from tests.cluster.conftest import Ran, Registry, files_with_secrets, search_for_secrets, start, stop
+from tests.cluster.conftest import Ran, Registry, assert_no_secret_left, search_for_secrets, start, stop
 from tests.cluster.spoiled_shell import ODD_FOLDER, all_at_once, detached
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault]
@@ -241,7 +241,8 @@ def test_a_lease_expires_while_the_registry_restarts(registry: Registry, llm: di
 def test_it_ends_without_a_trace_and_goes_on_in_a_spoiled_shell(crash: Crash, llm: dict[str, Any]) -> None:
     """SIGTERM leaves no process, port or file, and no secret was seen. The next start has the same requests.
 
-    It runs in the background. Its shell has proxies, certificates, limits, a locale and an umask that do not fit.
+    It runs in the background, in a shell whose variables name proxies, certificates and a locale that do not exist, and
+    whose limits are low.
     """
     registry = crash.registry
     folder = Path(json.loads((registry.folder / "state" / "up.json").read_text(encoding="utf-8"))["folder"])
@@ -252,8 +253,7 @@ def test_it_ends_without_a_trace_and_goes_on_in_a_spoiled_shell(crash: Crash, ll
     registry.until(holder, "deployed")
     stop(registry)
     assert registry.process.returncode == 0
-    search.look_at_files(registry.folder, files_with_secrets(registry))
-    assert search.found == []
+    assert_no_secret_left(registry, search)
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert alive == []
     port = int(registry.url.rsplit(":", 1)[1])

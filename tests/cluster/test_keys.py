@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,8 @@ from deployments.serve.jwt_identities import MAX_JWT
 from greenprompt_client.answers import AnswerError
 from greenprompt_client.client import RegistryClient
 from registry.settings import OPERATOR_KEY
-from tests.cluster.conftest import REPOSITORY, Ran, Registry, files_with_secrets, search_for_secrets, start, stop
+from tests.cluster import conftest
+from tests.cluster.conftest import Ran, Registry, assert_no_secret_left, search_for_secrets, start, stop
 from tests.support import oidc
 from tests.support.app_server import served_in_thread
 from tests.support.prompting_service_client import prompt_url
@@ -60,12 +59,8 @@ def closed(tmp_path_factory: pytest.TempPathFactory, workspace: Path, issuer: st
 
 def greenprompt(registry: Registry, *words: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command; its operator's key is in the registry's state folder, unless ``key`` is given."""
-    environment = os.environ | {"GREENPROMPT_URL": registry.url}
-    if key is not None:
-        environment["GREENPROMPT_API_KEY"] = key
-    command = [sys.executable, "-m", "greenprompt_client.cli.main", *words]
-    run: Any = {"env": environment, "cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 60}
-    return subprocess.run(command, check=False, **run)
+    environment = {"GREENPROMPT_URL": registry.url} | ({} if key is None else {"GREENPROMPT_API_KEY": key})
+    return conftest.greenprompt(*words, environment=environment, limit_s=60)
 
 
 def new_key(registry: Registry, *options: str) -> str:
@@ -196,5 +191,4 @@ def test_a_killed_owner_takes_everything_along(closed: Registry) -> None:
         refused = greenprompt(closed, "up", "--config", str(config))
     assert (refused.returncode, "http.port" in refused.stderr) == (2, True), refused.stderr
     assert ran.left() == []
-    search.look_at_files(closed.folder, files_with_secrets(closed))
-    assert search.found == []
+    assert_no_secret_left(closed, search)

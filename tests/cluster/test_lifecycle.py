@@ -19,7 +19,7 @@ import yaml
 from deployments.launch.haproxy import haproxy_environment
 from deployments.launch.local_ray import free_ports
 from deployments.machine.cluster_token import proxy_secret
-from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S
+from tests.cluster.conftest import REPOSITORY, UP_LIMIT_S, greenprompt
 
 pytestmark = pytest.mark.cluster
 
@@ -29,24 +29,11 @@ deploy:
 """
 
 
-def greenprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "greenprompt_client.cli.main", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=UP_LIMIT_S,
-        check=False,
-    )
-
-
 def test_a_busy_port_is_one_clear_line(tmp_path: Path) -> None:
     """A port that somebody else has ends in one line that names the setting, and exit status 2."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        up = greenprompt("up", GREENPROMPT_STATE_DIR=str(tmp_path), GREENPROMPT_HTTP__PORT=port)
+        up = greenprompt("up", environment={"GREENPROMPT_STATE_DIR": str(tmp_path), "GREENPROMPT_HTTP__PORT": port})
     assert (up.returncode, len(up.stderr.strip().splitlines())) == (2, 1)
     assert "http.port" in up.stderr
     assert port in up.stderr
@@ -66,7 +53,7 @@ def test_a_bad_configuration_is_one_clear_line(tmp_path: Path, content: str, nam
     """A configuration that can't be used ends in one line that names the field, and exit status 2."""
     path = tmp_path / "bad.yaml"
     path.write_text(content, encoding="utf-8")
-    up = greenprompt("up", "--config", str(path), GREENPROMPT_STATE_DIR=str(tmp_path / "state"))
+    up = greenprompt("up", "--config", str(path), environment={"GREENPROMPT_STATE_DIR": str(tmp_path / "state")})
     assert (up.returncode, len(up.stderr.strip().splitlines())) == (2, 1), up.stderr
     assert named in up.stderr
 
@@ -114,10 +101,10 @@ def test_joining_a_running_cluster(tmp_path: Path) -> None:
         try:
             address = f"127.0.0.1:{gcs}"
             wait_for_port(gcs)
-            up = greenprompt("up", "--address", address, "--detach", **environment)
+            up = greenprompt("up", "--address", address, "--detach", environment=environment)
             assert up.returncode == 0, up.stderr
             until_usable(f"http://127.0.0.1:{port}")
-            down = greenprompt("down", "--address", address, **environment)
+            down = greenprompt("down", "--address", address, environment=environment)
             assert down.returncode == 0, down.stderr
             below = psutil.Process(cluster.pid).children(recursive=True)
             names = [" ".join(process.cmdline()) for process in below if process.status() != psutil.STATUS_ZOMBIE]

@@ -59,7 +59,7 @@ def name_of(process: psutil.Process) -> str:
 
 
 def listening(registry: Registry) -> set[Port]:
-    """The ports of a registry's processes. Those of the engine are left out, because they answer nobody."""
+    """The ports of a registry's processes, except those of the engine, which answer no request."""
     found, engines = set(), registry.engines()
     for process in registry.processes():
         with suppress(psutil.NoSuchProcess):

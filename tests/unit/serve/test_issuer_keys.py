@@ -289,7 +289,7 @@ def test_only_keys_that_are_meant_for_jwts_are_used() -> None:
 
 
 def test_the_log_names_a_published_private_key() -> None:
-    """The issuer must replace it: whoever has read it can make JWTs."""
+    """The log tells the operator which key the issuer must replace: everybody can sign JWTs with it."""
     private = {**ECAlgorithm.to_jwk(ec_key(), as_dict=True), "kid": "private"}
     with capture_logs() as logs:
         assert parse_keys(jwks(private), ["ES256"]) == []

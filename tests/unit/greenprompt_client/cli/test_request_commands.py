@@ -9,19 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from greenprompt_client.cli.leasing import LONGEST_PAUSE_S, keep_alive_pause_s
 from registry.wire.schemas import RequestState
 from tests.support.fake_registry_http import HttpRegistry, answer, error
+from tests.support.processes import Start, ended_at_last
 
 ROOT = Path(__file__).resolve().parents[4]
 LIMIT_S = 30
-
-Command = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -31,27 +31,18 @@ def registry() -> Iterator[HttpRegistry]:
 
 
 @pytest.fixture
-def command(registry: HttpRegistry, empty_folder: Path) -> Iterator[Command]:
+def command(registry: HttpRegistry, empty_folder: Path) -> Iterator[Start]:
     """Starts a command for the registry; none outlives the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "greenprompt_client.cli.main", *words, "--url", registry.url],
-            cwd=ROOT,
-            env={**os.environ, "HOME": str(empty_folder), "COLUMNS": "200"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    how: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": {**os.environ, "HOME": str(empty_folder), "COLUMNS": "200"},
+        "stdin": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+    with ended_at_last() as start:
+        yield lambda *words: start(
+            [sys.executable, "-m", "greenprompt_client.cli.main", *words, "--url", registry.url], **how
         )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 def ended(process: subprocess.Popen[str], given: str = "") -> tuple[int, str, str]:
@@ -60,7 +51,7 @@ def ended(process: subprocess.Popen[str], given: str = "") -> tuple[int, str, st
     return process.returncode, out, err
 
 
-def test_a_request_is_made_with_everything_that_was_given(registry: HttpRegistry, command: Command) -> None:
+def test_a_request_is_made_with_everything_that_was_given(registry: HttpRegistry, command: Start) -> None:
     """The id is all that is printed; arguments, conditions and budgets reach the registry under their own names."""
     options = ["--arg", "max_new_tokens=4", "--deployment-arg", "max_model_len=64", "--measurement-id", "7"]
     options += ["--priority", "high", "--gpu-type", "H100", "--max-joules", "5.5", "--no-chat-template"]
@@ -89,7 +80,7 @@ def briefly(state: RequestState) -> RequestState:
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_held_llm_is_kept_alive_and_released(registry: HttpRegistry, command: Command, by: signal.Signals) -> None:
+def test_a_held_llm_is_kept_alive_and_released(registry: HttpRegistry, command: Start, by: signal.Signals) -> None:
     """With --wait the address is printed and the lease kept alive; each signal that ends it releases the LLM."""
     registry.on_poll = briefly
     process = command("request", "org/model", "--wait")
@@ -105,7 +96,7 @@ def test_a_held_llm_is_kept_alive_and_released(registry: HttpRegistry, command: 
     assert registry.requests["r0"].status == "released"
 
 
-def test_a_lease_outlives_its_engine(registry: HttpRegistry, command: Command) -> None:
+def test_a_lease_outlives_its_engine(registry: HttpRegistry, command: Start) -> None:
     """While the engine is started again, the lease stays; the command ends when the lease does."""
     seen: list[str] = []
 
@@ -123,8 +114,8 @@ def test_a_lease_outlives_its_engine(registry: HttpRegistry, command: Command) -
     assert err.endswith("greenprompt: request r0 is expired: its deadline\n")
 
 
-def test_a_lease_that_ends_ends_the_command(registry: HttpRegistry, command: Command) -> None:
-    """The lease is kept alive until it ends by itself; then the exit status is 1, and the reason is told."""
+def test_a_lease_that_ends_ends_the_command(registry: HttpRegistry, command: Start) -> None:
+    """The lease is kept alive until it ends by itself; then the command ends with status 1 and names the reason."""
 
     def expire(state: RequestState) -> RequestState:
         over = {"status": "expired", "url": None, "reason": "its lease reached its deadline"}
@@ -138,8 +129,8 @@ def test_a_lease_that_ends_ends_the_command(registry: HttpRegistry, command: Com
     assert registry.kept
 
 
-def test_a_request_that_waits_is_cancelled(registry: HttpRegistry, command: Command) -> None:
-    """Ctrl-C before the LLM is there cancels the request, with status 130; what it waits for was told."""
+def test_a_request_that_waits_is_cancelled(registry: HttpRegistry, command: Start) -> None:
+    """Ctrl-C before the LLM is there cancels the request, with status 130. Before, it said what it waits for."""
     waits = threading.Event()
 
     def wait(state: RequestState) -> RequestState:
@@ -156,7 +147,7 @@ def test_a_request_that_waits_is_cancelled(registry: HttpRegistry, command: Comm
     assert registry.requests["r0"].status == "cancelled"
 
 
-def test_a_question_is_answered(registry: HttpRegistry, command: Command) -> None:
+def test_a_question_is_answered(registry: HttpRegistry, command: Start) -> None:
     """The answer is all that is on standard output; what it used is on standard error, with its label."""
     energy = {"total_j": 3.21, "low_j": 3.0, "high_j": 3.4}
     registry.on_prompt = lambda _state, _question: (200, answer() | {"energy": energy, "methods": {"E": "modeled"}})
@@ -170,7 +161,7 @@ def test_a_question_is_answered(registry: HttpRegistry, command: Command) -> Non
     assert ended(command("prompt", "r0", "Why?")) == (1, "", "greenprompt: request r0 is released\n")
 
 
-def test_a_question_to_a_waiting_request_is_refused(registry: HttpRegistry, command: Command) -> None:
+def test_a_question_to_a_waiting_request_is_refused(registry: HttpRegistry, command: Start) -> None:
     """A request that waits has no LLM: exit status 1, and what it waits for."""
     assert ended(command("request", "org/model"))[0] == 0
     assert ended(command("request", "org/model"))[0] == 0
@@ -178,7 +169,7 @@ def test_a_question_to_a_waiting_request_is_refused(registry: HttpRegistry, comm
     assert registry.prompted == []
 
 
-def test_text_is_printed_as_it_is(registry: HttpRegistry, command: Command) -> None:
+def test_text_is_printed_as_it_is(registry: HttpRegistry, command: Start) -> None:
     """Nothing of an answer is taken for markup, an emoji or a tab stop."""
     text = "ratio 1:100:2\n\tx = a[:o:] [bold]ä[/bold]"
     registry.on_prompt = lambda _state, _question: (200, answer() | {"answer": text})
@@ -189,8 +180,8 @@ def test_text_is_printed_as_it_is(registry: HttpRegistry, command: Command) -> N
     assert json.loads(out)["answer"] == text
 
 
-def test_an_answer_that_takes_too_long(registry: HttpRegistry, command: Command) -> None:
-    """The end of --timeout is told as such: the registry is there."""
+def test_an_answer_that_takes_too_long(registry: HttpRegistry, command: Start) -> None:
+    """If --timeout is over, the error says so, and not that there is no registry."""
 
     def wait(_state: RequestState, _question: str) -> None:
         registry.given_back.wait(LIMIT_S)
@@ -202,7 +193,7 @@ def test_an_answer_that_takes_too_long(registry: HttpRegistry, command: Command)
     assert ended(command("release", "r0"))[0] == 0
 
 
-def test_a_release_that_fails_is_told(registry: HttpRegistry, command: Command) -> None:
+def test_a_release_that_fails_is_told(registry: HttpRegistry, command: Start) -> None:
     """If the LLM can't be released, the command says how to release it; a second signal changes nothing."""
     registry.on_poll = briefly
     registry.on_release = lambda: error(403, "not_yours")
@@ -216,7 +207,7 @@ def test_a_release_that_fails_is_told(registry: HttpRegistry, command: Command) 
     assert "greenprompt: request r0 was not released: greenprompt release r0\n" in err
 
 
-def test_an_address_that_is_not_shown(registry: HttpRegistry, command: Command) -> None:
+def test_an_address_that_is_not_shown(registry: HttpRegistry, command: Start) -> None:
     """A key that may not see the address of a lease can't prompt: the error says why."""
     registry.on_poll = lambda state: state.model_copy(update={"url": None})
     told = "greenprompt: request r0 is deployed: its address is shown to its own tenant only\n"
@@ -235,9 +226,7 @@ def test_an_address_that_is_not_shown(registry: HttpRegistry, command: Command) 
         (["prompt", "r0", "\udcff"], "question"),
     ],
 )
-def test_what_can_not_be_sent_is_one_line(
-    registry: HttpRegistry, command: Command, words: list[str], field: str
-) -> None:
+def test_what_can_not_be_sent_is_one_line(registry: HttpRegistry, command: Start, words: list[str], field: str) -> None:
     """Text and numbers that HTTP or JSON can't have end in one line that names the field; nothing is sent."""
     status, out, err = ended(command(*words))
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
@@ -245,7 +234,7 @@ def test_what_can_not_be_sent_is_one_line(
     assert registry.posted == []
 
 
-def test_a_question_that_is_no_text(registry: HttpRegistry, command: Command) -> None:
+def test_a_question_that_is_no_text(registry: HttpRegistry, command: Start) -> None:
     """Standard input must be UTF-8."""
     process = command("prompt", "r0")
     assert process.stdin is not None

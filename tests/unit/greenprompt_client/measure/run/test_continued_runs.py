@@ -20,6 +20,7 @@ from greenprompt_client.measure.prompting import PROMPT_TRIES
 from registry.wire.schemas import RequestState
 from tests.support.fake_registry_http import HttpRegistry, Reply, error
 from tests.support.measure_runs import LIMIT_S, QUESTIONS, Measure, counted, every_prompt_once, summary_of
+from tests.support.processes import ended_at_last
 
 AS_IN_A_TERMINAL = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -31,25 +32,11 @@ AS_IN_A_TERMINAL = (
 @pytest.fixture
 def command(registry: HttpRegistry, prompts: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts the command as a process of its own; killed at the end."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start() -> subprocess.Popen[str]:
-        words = ["measure", "--llm", "org/a", "--llm", "org/b", "--prompts", str(prompts), "--repetitions", "2"]
-        words += ["--output", str(tmp_path / "out"), "--url", registry.url]
-        process = subprocess.Popen(
-            [sys.executable, "-c", AS_IN_A_TERMINAL, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"COLUMNS": "80"},
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    words = ["measure", "--llm", "org/a", "--llm", "org/b", "--prompts", str(prompts), "--repetitions", "2"]
+    words += ["--output", str(tmp_path / "out"), "--url", registry.url]
+    environment = os.environ | {"COLUMNS": "80"}
+    with ended_at_last() as start:
+        yield lambda: start([sys.executable, "-c", AS_IN_A_TERMINAL, *words], stderr=subprocess.STDOUT, env=environment)
 
 
 def hold_at(registry: HttpRegistry, prompt: int) -> tuple[threading.Event, threading.Event]:
