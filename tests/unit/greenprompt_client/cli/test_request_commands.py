@@ -20,6 +20,8 @@ from registry.wire.schemas import RequestState
 from tests.support.fake_registry_http import HttpRegistry, answer, error
 from tests.support.processes import Start, ended_at_last
 
+pytestmark = pytest.mark.slow  # each test starts processes
+
 ROOT = Path(__file__).resolve().parents[4]
 LIMIT_S = 30
 
